@@ -1,0 +1,438 @@
+"""CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., TMLR 2022, arXiv 2205.01917).
+
+One model that is at once a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1):
+an image encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half
+never looks at the image and gives the text embedding of a contrastive loss; the upper (multimodal)
+half reads the image and writes the caption. One forward pass serves both losses.
+
+Where to find what
+    CoCaConfig, CONFIGS       Table 1 (sizes), Sec. 4.1 (resolution, vocabulary)
+    attention, Attention      Sec. 3.2 (causal masking; cross-attention)
+    ImageEncoder              Sec. 3.2, Table 1 (ViT)
+    AttentionalPooler         Sec. 3.2 "Attentional poolers"; Table 8f: cascade / parallel / n_query
+    UnimodalDecoder           Sec. 3.2 "Decoupled text decoder"; Table 8d: n_uni; Table 8e: one [CLS]
+    MultimodalDecoder         Sec. 3.2 "Decoupled text decoder"
+    (label cross-entropy)     Eq. (1): a caption made of class names turns it into Eq. (3); Table 8a
+    contrastive_loss          Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"
+    captioning_loss           Eq. (3), Sec. 3.1 "Encoder-decoder captioning"
+    CoCa.losses               Eq. (4), Sec. 3.2; Table 8b (each loss alone), Table 8c (the lambdas)
+    CoCa.encode_*             Sec. 3.3 "Zero-shot transfer" (eval.py); retrieval: Table 3, ImageNet: Table 4
+    CoCa.image_tokens         Sec. 3.3 "Frozen-feature evaluation": what a new pooler is put on
+    CoCa.generate             captioning, Table 7
+
+Dimension letters
+    B batch   P image tokens (patches)   Q pooled image tokens (n_query)   L text tokens   D width
+    E embedding (= D)   H heads   d = D / H   V vocabulary   T real target tokens in the batch   N pairs
+
+Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (the image's start as 2-D
+sinusoids); heads of the poolers = heads of the model; LayerNorm after each pooler and before the text
+embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees exactly the real
+tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean over the batch's
+target tokens; no dropout; temperature bounded to [0.01, 1]; text of 64 tokens for the paper's sizes.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # the four special tokens; a caption is BEGIN words... END PAD...
+
+# ------------------------------------------------------------------------------------------------
+# Sizes: Table 1
+
+
+@dataclass
+class CoCaConfig:
+    """Sizes of a CoCa, tiny by default. Comment: meaning | the paper's Base. ValueError if they don't fit."""
+
+    image_size: int = 32  # pixels, square | 288, then 576
+    patch_size: int = 4  # pixels, square | 18
+    width: int = 128  # D of encoder, poolers and decoder alike | 768
+    heads: int = 4  # | 12
+    encoder_layers: int = 4  # | 12
+    encoder_mlp: int = 0  # hidden units of the encoder's FFN, 0 = 4 x width | 3072
+    n_uni: int = 2  # unimodal decoder layers | 12
+    n_multi: int = 2  # multimodal decoder layers | 12
+    decoder_mlp: int = 0  # hidden units of the decoder's FFN, 0 = 4 x width | 3072
+    n_query: int = 16  # queries of the generative pooler, 0 = decoder reads all P image tokens | 256
+    pooler: str = "cascade"  # contrastive pooler on top of the generative one, or "parallel" | cascade
+    vocab_size: int = 512  # with the four special tokens | 64,000
+    text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated
+    lambda_con: float = 1.0  # weight of Eq. (2) in Eq. (4); 0 = an image captioner | 1
+    lambda_cap: float = 2.0  # weight of Eq. (3) in Eq. (4); 0 = a dual encoder like CLIP | 2
+
+    def __post_init__(self):
+        self.encoder_mlp = self.encoder_mlp or 4 * self.width
+        self.decoder_mlp = self.decoder_mlp or 4 * self.width
+        least = dict(image_size=1, patch_size=1, width=1, heads=1, encoder_layers=0, n_uni=1, n_multi=1,
+                     n_query=0, vocab_size=5, text_len=3, lambda_con=0, lambda_cap=0)
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.pooler not in ("cascade", "parallel"):
+            raise ValueError(f"pooler must be cascade or parallel, not {self.pooler!r}")
+        if not self.lambda_con and not self.lambda_cap:
+            raise ValueError("lambda_con and lambda_cap are both 0: nothing would be learned")
+
+
+_paper = dict(image_size=288, patch_size=18, n_query=256, vocab_size=64_000, text_len=64)
+CONFIGS = {
+    "tiny": CoCaConfig(),
+    "base": CoCaConfig(width=768, heads=12, encoder_layers=12, n_uni=12, n_multi=12, **_paper),
+    "large": CoCaConfig(width=1024, heads=16, encoder_layers=24, n_uni=12, n_multi=12, **_paper),
+    "giant": CoCaConfig(width=1408, heads=16, encoder_layers=40, n_uni=18, n_multi=18,
+                        encoder_mlp=6144, decoder_mlp=5632, **_paper),  # the only size with two MLP widths
+}
+
+# ------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention(q, k, v, causal=False):
+    """softmax(q k^T / sqrt(d)) v, written out: the definition. torch's fused kernel computes the same.
+
+    q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d) and the weights (B, H, Lq, Lk).
+    causal: the queries are the last Lq of Lk positions, and none may look at a later one.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])           # (B, H, Lq, Lk)
+    if causal:
+        Lq, Lk = scores.shape[-2:]
+        allowed = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # True = may attend
+        scores = scores.masked_fill(~allowed, -math.inf)  # -inf, not a big number: weights are exactly 0
+    weights = scores.softmax(-1)
+    return weights @ v, weights
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Sec. 3.2), of x to itself or, with a context, of x to the context."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)  # rows: q, k, v; one product when all three read x
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, context=None, causal=False, cache=None, return_weights=False):
+        """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D), with return_weights also (B, H, Lq, Lk).
+
+        cache: a dict that keeps keys and values per layer: x then is what follows the earlier calls' x,
+        and the context of the first call is kept (Sec. "generate" below).
+        """
+        D = x.shape[-1]
+        W, b = self.qkv.weight, self.qkv.bias
+        heads = lambda t: t.unflatten(-1, (-1, self.heads, D // self.heads)).permute(2, 0, 3, 1, 4)  # noqa: E731
+        if context is None:
+            q, k, v = heads(self.qkv(x))                                # 3 x (B, H, Lq, d)
+            if cache is not None:
+                if self in cache:
+                    k, v = (torch.cat(pair, 2) for pair in zip(cache[self], (k, v)))
+                cache[self] = k, v                                      # (B, H, Lk, d)
+        else:
+            (q,) = heads(F.linear(x, W[:D], b[:D]))                     # (B, H, Lq, d)
+            if cache is None or self not in cache:
+                k, v = heads(F.linear(context, W[D:], b[D:]))           # (B, H, Lk, d)
+                if cache is not None:
+                    cache[self] = k, v
+            else:
+                k, v = cache[self]
+        Lq, Lk = q.shape[2], k.shape[2]
+        causal = causal and Lq > 1  # a single query is the last position: it may look everywhere
+        weights = None
+        if return_weights or causal and Lq < Lk:  # the fused kernel counts positions from the first key
+            x, weights = attention(q, k, v, causal)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = self.out(x.transpose(1, 2).flatten(2))                      # (B, Lq, D)
+        return (x, weights) if return_weights else x
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer layer: self-attention, cross-attention if asked for, one two-matrix FFN."""
+
+    def __init__(self, width, heads, mlp, cross=False):
+        super().__init__()
+        self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
+        if cross:
+            self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+
+    def forward(self, x, context=None, causal=False, cache=None):
+        x = x + self.self_attention(self.norm1(x), causal=causal, cache=cache)
+        if context is not None:
+            x = x + self.cross_attention(self.norm2(x), context, cache=cache)
+        return x + self.mlp(self.norm3(x))
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.2: image encoder and attentional poolers
+
+
+def sinusoids_2d(grid, width):
+    """(grid * grid, width): where the learned image positions start. Neighbours start out alike."""
+    frequency = 10000 ** -(torch.arange(width // 4) / max(width // 4, 1))
+    angle = torch.arange(grid)[:, None] * frequency                     # (grid, D/4)
+    one = torch.cat([angle.sin(), angle.cos()], -1)                     # (grid, D/2)
+    rows, columns = one[:, None].expand(-1, grid, -1), one[None].expand(grid, -1, -1)
+    return F.pad(torch.cat([rows, columns], -1).flatten(0, 1), (0, width - 4 * (width // 4)))
+
+
+class ImageEncoder(nn.Module):
+    """ViT without a class token (Sec. 3.2, Table 1): poolers, not a class token, summarise its tokens."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.patches = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
+        self.position = nn.Parameter(torch.empty((c.image_size // c.patch_size) ** 2, c.width))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.encoder_mlp) for _ in range(c.encoder_layers))
+        self.norm = nn.LayerNorm(c.width)
+
+    def forward(self, images):
+        x = self.patches(images)                                        # (B, D, h, w)
+        x = x.flatten(2).transpose(1, 2) + self.position                # (B, P, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)                                             # (B, P, D)
+
+
+class AttentionalPooler(nn.Module):
+    """A single multi-head attention layer with n_query learned queries (Sec. 3.2). No FFN, no residual."""
+
+    def __init__(self, width, heads, n_query):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(n_query, width))
+        self.attention = Attention(width, heads)
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.query, std=0.02)
+
+    def forward(self, tokens, return_weights=False):
+        """tokens (B, P, D) -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
+        query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
+        x, weights = self.attention(query, tokens, return_weights=True) if return_weights \
+            else (self.attention(query, tokens), None)                  # (B, Q, D)
+        return (self.norm(x), weights) if return_weights else self.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.2: decoupled text decoder
+
+
+class UnimodalDecoder(nn.Module):
+    """The n_uni lower layers: causal self-attention only. A learned [CLS] after the last real token."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.token = nn.Embedding(c.vocab_size, c.width)
+        self.position = nn.Parameter(torch.empty(c.text_len, c.width))
+        self.cls = nn.Parameter(torch.empty(c.width))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.decoder_mlp) for _ in range(c.n_uni))
+        self.norm = nn.LayerNorm(c.width)
+
+    def extend(self, tokens, start=0, cache=None):
+        """tokens (B, L) at positions start, start + 1, ... -> their states (B, L, D); no [CLS]."""
+        x = self.token(tokens) + self.position[start:start + tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal=True, cache=cache)
+        return x
+
+    def forward(self, tokens):
+        """tokens (B, L) -> states (B, L, D) of the tokens, LayerNorm-ed state (B, D) of [CLS].
+
+        [CLS] stands right behind each row's last real token, so the plain causal mask already lets it
+        see every real token and itself, no padding, and no real token sees it: no mask tensor at all.
+        """
+        B, L = tokens.shape
+        x = self.token(tokens) + self.position[:L]                      # (B, L, D)
+        length = (tokens != PAD).sum(1)                                 # (B,)
+        is_cls = torch.arange(L + 1, device=tokens.device) == length[:, None]
+        x = torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))  # (B, L + 1, D)
+        for block in self.blocks:
+            x = block(x, causal=True)                                   # (B, L + 1, D)
+        return x[:, :L], self.norm(x[is_cls])                           # (B, L, D), (B, D)
+
+
+class MultimodalDecoder(nn.Module):
+    """The n_multi upper layers: causal self-attention, cross-attention to the image, FFN; then the softmax."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.decoder_mlp, cross=True) for _ in range(c.n_multi))
+        self.norm = nn.LayerNorm(c.width)
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding: Table 1's counts
+
+    def forward(self, states, caption_tokens, cache=None):
+        """states (B, L, D) of the unimodal half, caption_tokens (B, Q, D) of the image -> (B, L, D)."""
+        for block in self.blocks:
+            states = block(states, caption_tokens, causal=True, cache=cache)
+        return self.norm(states)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses: Eqs. (2) and (3)
+
+
+def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=None):
+    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / s)_i + sum_i log softmax_j(y_i.x_j / s)_i).
+
+    image_embedding x and text_embedding y (N, E), unit norm; temperature s > 0 -> scalar.
+    The two directions are added, as the paper prints it; CLIP averages them (half of this).
+    caption_ids (N,): equal numbers mark identical captions, which are each other's positives: the target
+    is uniform over them, and its entropy, the log of their number, is taken off so that 0 can be
+    reached (gradients do not change). Without it a batch of 64 class names has a floor of 1.9 a direction.
+    """
+    logits = image_embedding @ text_embedding.T / temperature           # (N, N)
+    N = len(logits)
+    if caption_ids is None:
+        caption_ids = torch.arange(N, device=logits.device)
+    same = caption_ids[:, None] == caption_ids                          # (N, N) True = a positive
+    copies = same.sum(1)                                                # (N,)
+    positive = torch.where(same, (logits.log_softmax(1) + logits.log_softmax(0)), 0).sum(1) / copies
+    return (-positive - 2 * copies.log()).mean()
+
+
+def captioning_loss(logits, tokens, head=None):
+    """Eq. (3): -log P(y_t | y_<t, x), as the mean over the batch's real target tokens.
+
+    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar.
+    head: if given, `logits` are states (B, L, D) and head(states) is taken where there is a target only.
+    """
+    targets = tokens[:, 1:]
+    real = targets != PAD                                               # (B, L - 1) True = counts
+    x = logits[:, :-1][real]                                            # (T, V) or (T, D)
+    x = x if head is None else head(x)                                  # (T, V)
+    return F.cross_entropy(x, targets[real], reduction="sum") / real.sum().clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+
+
+class CoCaOutput(NamedTuple):
+    image_embedding: torch.Tensor  # (B, E) unit norm
+    text_embedding: torch.Tensor  # (B, E) unit norm
+    logits: torch.Tensor  # (B, L, V); logits[:, t] predicts tokens[:, t + 1]
+
+
+class Losses(NamedTuple):
+    total: torch.Tensor  # Eq. (4)
+    con: torch.Tensor  # Eq. (2)
+    cap: torch.Tensor  # Eq. (3)
+
+
+class CoCa(nn.Module):
+    """Contrastive captioner (Sec. 3.2).
+
+    Images: float (B, 3, H, W) in [-1, 1]. Tokens: int64 (B, L), L <= text_len, right-padded with PAD.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.encoder = ImageEncoder(c)
+        self.generative_pooler = AttentionalPooler(c.width, c.heads, c.n_query) if c.n_query else None
+        self.contrastive_pooler = AttentionalPooler(c.width, c.heads, 1)
+        self.unimodal = UnimodalDecoder(c)
+        self.multimodal = MultimodalDecoder(c)
+        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.init_parameters()
+
+    @torch.no_grad()
+    def init_parameters(self):
+        """Normal(0, 0.02), biases 0, LayerNorms 1; what adds to a residual stream less the deeper it is (GPT-2)."""
+        c = self.config
+        for name, p in self.named_parameters():
+            if p.dim() > 1 or name.endswith("cls"):
+                residual = name.endswith(("attention.out.weight", "mlp.2.weight")) and "pooler" not in name
+                layers = c.encoder_layers if name.startswith("encoder") else c.n_uni + c.n_multi
+                p.normal_(std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+            else:
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        self.encoder.position.copy_(0.02 * sinusoids_2d(c.image_size // c.patch_size, c.width))
+        self.log_temperature.fill_(math.log(0.07))
+
+    @property
+    def temperature(self):
+        """sigma of Eq. (2): learned, from 0.07, within [0.01, 1]."""
+        with torch.no_grad():  # bound the parameter itself: clamped in the graph, it would get no gradient outside
+            self.log_temperature.clamp_(math.log(0.01), 0.0)
+        return self.log_temperature.exp()
+
+    def pool_image(self, images):
+        """images -> what the decoder reads (B, Q, D), image_embedding (B, E)."""
+        image_tokens = self.encoder(images)                             # (B, P, D)
+        caption_tokens = image_tokens                                   # n_query 0: no generative pooler
+        if self.generative_pooler is not None:
+            caption_tokens = self.generative_pooler(image_tokens)       # (B, Q, D)
+        source = caption_tokens if self.config.pooler == "cascade" else image_tokens
+        x = self.contrastive_pooler(source)[:, 0]                       # (B, E)
+        return caption_tokens, F.normalize(x, dim=-1)
+
+    def encode_image(self, images):
+        """images (B, 3, H, W) -> image embedding (B, E), unit norm: x of Eq. (2)."""
+        return self.pool_image(images)[1]
+
+    def encode_text(self, tokens):
+        """tokens (B, L) -> text embedding (B, E), unit norm: y of Eq. (2)."""
+        return F.normalize(self.unimodal(tokens)[1], dim=-1)
+
+    def features(self, images, tokens):
+        """One pass through everything but the softmax -> image_embedding, text_embedding, states (B, L, D)."""
+        caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
+        states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
+        states = self.multimodal(states, caption_tokens)                # (B, L, D)
+        return image_embedding, F.normalize(cls, dim=-1), states
+
+    def forward(self, images, tokens):
+        """images (B, 3, H, W), tokens (B, L) -> CoCaOutput."""
+        image_embedding, text_embedding, states = self.features(images, tokens)
+        return CoCaOutput(image_embedding, text_embedding, self.multimodal.head(states))
+
+    def losses(self, images, tokens):
+        """Eq. (4): lambda_con L_con + lambda_cap L_cap from one forward pass -> Losses."""
+        c = self.config
+        image_embedding, text_embedding, states = self.features(images, tokens)
+        caption_ids = torch.unique(tokens, dim=0, return_inverse=True)[1]
+        con = contrastive_loss(image_embedding, text_embedding, self.temperature, caption_ids)
+        cap = captioning_loss(states, tokens, self.multimodal.head)
+        return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
+
+    @torch.no_grad()
+    def generate(self, images, max_len=None, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+        """Captions of images (B, 3, H, W) -> tokens (B, <= max_len), BEGIN first, PAD after END.
+
+        temperature 0 is greedy; else sample from softmax(logits / temperature), among the top_k likeliest
+        tokens only (0 = all) and the fewest that hold a share top_p of the probability.
+        """
+        max_len = min(max_len or self.config.text_len, self.config.text_len)
+        caption_tokens, _ = self.pool_image(images)                     # (B, Q, D)
+        tokens = torch.full((len(images), 1), BEGIN, device=images.device)
+        done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        cache = {}  # keys and values of all earlier positions and, once, of the image
+        while tokens.shape[1] < max_len and not done.all():
+            states = self.unimodal.extend(tokens[:, -1:], tokens.shape[1] - 1, cache)
+            states = self.multimodal(states, caption_tokens, cache)     # (B, 1, D)
+            logits = self.multimodal.head(states[:, -1])                # (B, V)
+            following = choose(logits, temperature, top_k, top_p, generator)
+            following[done] = PAD
+            tokens = torch.cat([tokens, following[:, None]], 1)
+            done |= (following == END) | (following == PAD)
+        return tokens
+
+
+def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """logits (B, V) -> next tokens (B,): greedy at temperature 0, else top-k and nucleus (top-p) sampling."""
+    if not temperature:
+        return logits.argmax(-1)
+    logits, order = (logits / temperature).sort(-1, descending=True)   # likeliest first
+    p = logits.softmax(-1)
+    if top_k:
+        p[:, top_k:] = 0
+    p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)

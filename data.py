@@ -1,0 +1,535 @@
+"""Data for CoCa: generated scenes, CIFAR, COCO and your own captioned images, all as one `Dataset`.
+
+    load("shapes")                          generated, nothing to download: what train.py uses by itself
+    load("cifar10", "DIR")                  or cifar100; the official python or binary files in DIR
+    load("coco", "DIR")                     DIR/annotations/captions_train2017.json, DIR/train2017/*.jpg, ... (or 2014)
+    load("captions", "DIR")                 DIR/captions.txt or one .csv with columns image,caption; images in DIR/Images or DIR
+
+Labels become text by prompt templates, as the paper does with JFT-3B's labels (Sec. 4.1).
+Whatever is wrong with a file is a DataError of one line: what, where, and what to do.
+"""
+import csv
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import tarfile
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from coca import BEGIN, END, PAD, UNKNOWN
+
+
+class DataError(Exception):
+    """Bad input. The message is one line that names the file and says what to do."""
+
+
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
+@dataclass
+class Dataset:
+    """Images with their texts. Indexed by image: a caption never leaves its image, whatever the split."""
+
+    images: np.ndarray  # (N, 3, S, S) uint8, in memory or memory-mapped
+    captions: list  # N lists of texts; one is drawn per epoch, all are used in evaluation
+    labels: np.ndarray = None  # (N,) class of each image, where there are classes
+    classes: list = field(default_factory=list)  # their names
+    templates: list = field(default_factory=list)  # prompts that turn a name into a text, "a photo of a {}."
+    augment: bool = False  # crop and flip in training
+
+    def __len__(self):
+        return len(self.images)
+
+
+# ------------------------------------------------------------------------------------------------
+# shapes: generated scenes
+
+COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250), "yellow": (240, 220, 50),
+           "purple": (170, 60, 220), "white": (245, 245, 245)}
+SHAPES = {  # inside where the value is below the radius r; x to the right, y downwards, from the centre
+    "circle": lambda x, y, r: np.hypot(x, y),
+    "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
+    "triangle": lambda x, y, r: np.maximum(1.2 * y, 1.2 * abs(x) - 0.65 * y + 0.25 * r),
+    "diamond": lambda x, y, r: abs(x) + abs(y),
+    "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
+    "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
+}
+SIZES = {"small": 0.13, "large": 0.21}  # radius, in image sides
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+HELD_OUT = list(zip(COLOURS, SHAPES))  # never in training: each colour and each shape is missing one partner
+SPLITS = ("train", "val", "zeroshot")
+
+
+class Thing(NamedTuple):
+    size: str
+    colour: str
+    shape: str
+    x: float  # centre in image sides, from the left
+    y: float  # and from the top
+
+    def __str__(self):
+        return f"a {self.size} {self.colour} {self.shape}"
+
+    def corner(self):
+        return f"{'top' if self.y < 0.5 else 'bottom'} {'left' if self.x < 0.5 else 'right'}"
+
+
+def scene(seed, split, index):
+    """Things of scene (seed, split, index) and the generator that made them: one or two, in different corners."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    pairs = HELD_OUT if split == "zeroshot" else [pair for pair in PAIRS if pair not in HELD_OUT]
+    count = 1 if split == "zeroshot" else rng.integers(1, 3)
+    things = []
+    for corner in rng.permutation(4)[:count]:
+        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.1
+        things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.26 + 0.48 * x, 0.26 + 0.48 * y))
+    return things, rng
+
+
+def draw(things, rng, size):
+    """Picture of a scene, (3, size, size) uint8: things on a dark background of random hue, with noise."""
+    at = (np.arange(size) + 0.5) / size
+    image = np.broadcast_to(rng.uniform(0, 60, (3, 1, 1)), (3, size, size))
+    for thing in things:
+        r = SIZES[thing.size]
+        inside = r - SHAPES[thing.shape](at - thing.x, at[:, None] - thing.y, r)      # (size, size)
+        cover = np.clip(inside * size + 0.5, 0, 1)  # soft edges: the share of the pixel that is covered
+        image = image + cover * (np.array(COLOURS[thing.colour])[:, None, None] - image)
+    return (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def describe(things):
+    """All true captions of a scene."""
+    if len(things) == 1:
+        return [f"{things[0]} at the {things[0].corner()}", f"at the {things[0].corner()} there is {things[0]}"]
+    texts = []  # things in opposite corners are both beside and above one another
+    for at, first, second in ((3, "left of", "right of"), (4, "above", "below")):
+        a, b = sorted(things, key=lambda thing: thing[at])
+        if b[at] - a[at] > 0.24:  # in another column, or row: centres jitter by 0.1
+            texts += [f"{a} {first} {b}", f"{b} {second} {a}"]
+    return texts
+
+
+def shapes(split, size, subset, seed):
+    count = subset if split == "train" and subset else {"train": 20_000, "val": 500, "zeroshot": 600}[split]
+    scenes = [scene(seed, split, i) for i in tqdm(range(count), f"drawing {split} scenes", leave=False)]
+    images = np.stack([draw(things, rng, size) for things, rng in scenes])
+    data = Dataset(images, [describe(things) for things, _ in scenes])
+    if split == "zeroshot":
+        names = [f"{colour} {shape}" for colour, shape in PAIRS]  # told apart from all pairs, not the held-out only
+        data.classes, data.labels = names, np.array([PAIRS.index(things[0][1:3]) for things, _ in scenes])
+        data.templates = [f"a {size} {{}} at the {y} {x}" for size in SIZES for y in ("top", "bottom") for x in ("left", "right")]
+    return data
+
+
+# ------------------------------------------------------------------------------------------------
+# cifar10, cifar100
+
+TEMPLATES = [  # from the prompts CLIP uses for CIFAR
+    "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a bad photo of a {}.",
+    "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}.", "a photo of the {}."]
+CIFAR = {  # python folder, its files, binary folder, its files, names of classes; label bytes a row; md5 of the archive
+    "cifar10": dict(python="cifar-10-batches-py", binary="cifar-10-batches-bin", meta="batches.meta", names="label_names",
+                    train=[f"data_batch_{i}" for i in range(1, 6)], val=["test_batch"], labels="labels", label_bytes=1,
+                    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", md5="c58f30108f718f92721af3b95e74349a"),
+    "cifar100": dict(python="cifar-100-python", binary="cifar-100-binary", meta="meta", names="fine_label_names",
+                     train=["train"], val=["test"], labels="fine_labels", label_bytes=2,
+                     url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", md5="eb9058c3a382ffc7106e4002c42a8d85"),
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and plain containers, and nothing that could run code."""
+
+    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise DataError(f"it wants to run {module}.{name}, which no CIFAR file does: delete it")
+        return super().find_class(module, name)
+
+
+def read_pickle(path):
+    try:
+        with open(path, "rb") as f:
+            content = PlainUnpickler(f, encoding="latin1").load()
+    except DataError as e:
+        raise DataError(f"{path}: refused, {e}") from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; get it with --download") from None
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise DataError(f"{path}: truncated or corrupt ({type(e).__name__}); delete it and run again with --download") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a CIFAR batch (a {type(content).__name__}); delete it and run again with --download")
+    return content
+
+
+def read_cifar_batch(path, kind):
+    """-> images (n, 3, 32, 32) uint8, labels (n,)."""
+    if path.suffix == ".bin":
+        raw, row = np.fromfile(path, np.uint8), kind["label_bytes"] + 3072
+        if not len(raw) or len(raw) % row:
+            raise DataError(f"{path}: truncated or corrupt ({len(raw):,} bytes are not rows of {row}); get it again")
+        raw = raw.reshape(-1, row)
+        images, labels = raw[:, -3072:], raw[:, -3073]  # in CIFAR-100 the fine label is the second
+    else:
+        batch = read_pickle(path)
+        images, labels = batch.get("data"), np.asarray(batch.get(kind["labels"], ()))
+    good = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape == (len(labels), 3072)
+    if not good or labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: truncated or corrupt (no {kind['labels']!r} and 3072 bytes for each image); get it again")
+    return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+
+
+def cifar(name, data_dir, split, size, download):
+    kind = CIFAR[name]
+    if download:
+        fetch(kind["url"], kind["md5"], data_dir)
+    for folder, suffix, meta in ((kind["python"], "", kind["meta"]), (kind["binary"], ".bin", "")):
+        for root in (data_dir / folder, data_dir):  # DIR may be the folder itself or the one that holds it
+            found = [root / (f + suffix) for f in kind[split] if (root / (f + suffix)).exists()]
+            if found:
+                break
+        if found:
+            break
+    else:
+        wanted = data_dir / kind["python"] / kind[split][0]
+        raise DataError(f"{wanted}: no such file; give the folder that holds it as --data-dir, or add --download")
+    if len(found) < len(kind[split]):
+        note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; using those")
+    if meta:
+        classes = read_pickle(root / meta).get(kind["names"])
+    else:
+        texts = sorted(root.glob("batches.meta.txt")) + sorted(root.glob("fine_label_names.txt"))
+        if not texts:
+            raise DataError(f"{root}: the class names are missing (batches.meta.txt or fine_label_names.txt); unpack the archive again")
+        classes = texts[0].read_text().split()
+    if not classes:
+        raise DataError(f"{root / meta}: no class names in it; get it again")
+    parts = [read_cifar_batch(path, kind) for path in found]
+    images, labels = (np.concatenate(part) for part in zip(*parts))
+    if labels.max() >= len(classes):
+        raise DataError(f"{found[0].parent}: label {labels.max()} but only {len(classes)} class names; get it again")
+    classes = [name.replace("_", " ") for name in classes]
+    texts = [[template.format(name) for template in TEMPLATES] for name in classes]
+    if size != 32:
+        images = np.concatenate([F.interpolate(torch.from_numpy(part), size=(size, size), mode="bilinear", antialias=True).numpy()
+                                 for part in np.array_split(images, max(1, len(images) // 1000))])
+    return Dataset(images, [texts[label] for label in labels], labels, classes, TEMPLATES, augment=True)
+
+
+def fetch(url, md5, folder):
+    """Downloads an archive over https (going on where an earlier try stopped), checks its md5, unpacks it in folder."""
+    archive = folder / url.rsplit("/", 1)[1]
+    part = archive.with_suffix(".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not archive.exists():
+            have = part.stat().st_size if part.exists() else 0
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                resumed = reply.status == 206  # the server may also send it all
+                total = int(reply.headers.get("Content-Length", 0)) + have * resumed
+                with open(part, "ab" if resumed else "wb") as f, tqdm(
+                        desc=f"downloading {archive.name}", total=total, initial=have * resumed, unit="B", unit_scale=True) as bar:
+                    while block := reply.read(1 << 20):
+                        f.write(block)
+                        bar.update(len(block))
+            os.replace(part, archive)
+    except OSError as e:
+        raise DataError(f"{url}: download failed ({e}); run the same command again to go on from where it stopped") from None
+    if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+        raise DataError(f"{archive}: wrong md5, not {md5}; delete it and run again with --download")
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError("this Python cannot unpack archives safely; update to 3.10.12, 3.11.4 or newer")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")  # no links, devices or paths that lead outside
+    except (tarfile.TarError, OSError, EOFError) as e:
+        raise DataError(f"{archive}: could not be unpacked ({e}); delete it and run again with --download") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# coco, captions: images in files
+
+
+def read_image(path, size):
+    """Image file -> (3, size, size) uint8: centre crop to a square, any colour mode made RGB."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise DataError(f"{path}: reading image files needs Pillow; run: pip install pillow") from None
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel; convert() would cut at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            return np.asarray(image).transpose(2, 0, 1)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
+        raise DataError(f"{path}: not a readable image ({e})") from None
+
+
+def cached_images(paths, size, name):
+    """Decodes image files once -> (M, 3, size, size) uint8 memory map, and the indices of the paths it holds.
+
+    The map lies in ~/.cache/coca (or $COCA_CACHE), beside a fingerprint of the files it was made from:
+    another name, size or date of any of them, and it is made anew. Unreadable files are named and left out.
+    """
+    made_from = json.dumps([size, [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]])
+    fingerprint = hashlib.sha256(made_from.encode()).hexdigest()
+    folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
+    array_file, info_file = (folder / f"{name}-{size}px-{fingerprint[:16]}.{end}" for end in ("npy", "json"))
+    try:
+        info = json.loads(info_file.read_text())
+        if info["fingerprint"] == fingerprint:
+            return np.load(array_file, mmap_mode="r")[:len(info["kept"])], info["kept"]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or cut off: make it
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), 3, size, size))
+    except OSError as e:
+        raise DataError(f"{folder}: cannot keep the decoded images there ({e}); set COCA_CACHE to a folder that can be written") from None
+
+    def decode(path):
+        try:
+            return read_image(path, size)
+        except DataError as e:
+            return e
+
+    import_error = decode(paths[0]) if paths else None
+    if isinstance(import_error, DataError) and "Pillow" in str(import_error):
+        raise import_error
+    kept = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
+        for i, image in enumerate(tqdm(pool.map(decode, paths), f"decoding {name}", len(paths), leave=False)):
+            if isinstance(image, DataError):
+                note(f"{image}: skipped")
+            else:
+                array[len(kept)] = image
+                kept.append(i)
+    failed = len(paths) - len(kept)
+    del array
+    if failed > 0.01 * len(paths):
+        os.remove(temporary)
+        raise DataError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; replace or remove the files named above")
+    if failed:
+        note(f"{failed} of {len(paths)} images skipped")
+    os.replace(temporary, array_file)
+    info_file.write_text(json.dumps({"fingerprint": fingerprint, "kept": kept}))
+    return np.load(array_file, mmap_mode="r")[:len(kept)], kept
+
+
+def captioned_images(texts, size, subset, name, source):
+    """texts: {path: [caption, ...]} -> Dataset. source: the file that named the paths, for messages."""
+    empty = sum(not text.strip() for captions in texts.values() for text in captions)
+    if empty:
+        note(f"{source}: {empty} empty captions skipped")
+    texts = {path: captions for path in texts if (captions := [text for text in texts[path] if text.strip()])}
+    paths = take(sorted(texts), subset, source)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(f"{source}: {len(missing)} of the {len(paths)} images it names are not there, first {missing[0]}; "
+                        "get them or take them out of the file")
+    images, kept = cached_images(paths, size, name)
+    return Dataset(images, [texts[paths[i]] for i in kept], augment=True)
+
+
+def take(items, subset, source):
+    """The same `subset` of the items every time (0 = all), in order."""
+    if subset > len(items):
+        raise DataError(f"{source}: --subset {subset} asked for, but there are {len(items)}; ask for fewer")
+    if not len(items):
+        raise DataError(f"{source}: no images with captions; check the file")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(items))[:subset or None])
+    return [items[i] for i in chosen]
+
+
+def read_text(path, what):
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a spreadsheet's byte order mark is no part of a column name
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {what}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({e}); {what}") from None
+
+
+def coco(data_dir, split, size, subset):
+    for year in ("2017", "2014"):
+        annotations, folder = data_dir / "annotations" / f"captions_{split}{year}.json", data_dir / f"{split}{year}"
+        if annotations.exists():
+            break
+    else:
+        annotations = data_dir / "annotations" / f"captions_{split}2017.json"
+    text = read_text(annotations, "--data-dir must hold COCO's annotations/, train2017/ and val2017/ (or 2014)")
+    texts = {}
+    try:
+        content = json.loads(text)
+        paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
+        for annotation in content["annotations"]:
+            texts.setdefault(paths[annotation["image_id"]], []).append(str(annotation["caption"]))
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); unpack it again") from None
+    return captioned_images(texts, size, subset, f"coco-{split}", annotations)
+
+
+def captions(data_dir, split, size, subset):
+    tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
+    table = next((path for path in tables if path.exists()), tables[0])
+    rows = csv.DictReader(io.StringIO(read_text(table, "--data-dir must hold captions.txt or a .csv with columns image,caption")))
+    if not {"image", "caption"} <= set(rows.fieldnames or ()):
+        raise DataError(f"{table}: the first line must name the columns image and caption, it names {rows.fieldnames}")
+    folder = next((data_dir / name for name in ("Images", "images") if (data_dir / name).is_dir()), data_dir)
+    texts = {}
+    try:
+        for row in rows:
+            texts.setdefault(folder / (row["image"] or "").strip(), []).append(row["caption"] or "")
+    except csv.Error as e:
+        raise DataError(f"{table}: line {rows.line_num} is not CSV ({e}); quote captions that hold commas or quotes") from None
+    # one image in ten, by a hash of its name, is for evaluation: adding images moves none across
+    order = sorted(texts, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    held = set(order[:max(1, len(order) // 10)])
+    texts = {path: texts[path] for path in texts if (path in held) == (split == "val")}
+    return captioned_images(texts, size, subset, f"captions-{split}", table)
+
+
+def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False):
+    """-> Dataset. split: "train", "val" or "zeroshot" (labelled; where there are classes). size: pixels a side.
+
+    subset: that many training images, the same every time, 0 = all. seed: of the generated scenes.
+    """
+    if name == "shapes":
+        return shapes(split, size, subset, seed)
+    if not data_dir:
+        raise DataError(f"--data {name} needs --data-dir, the folder of its files")
+    data_dir, subset = Path(data_dir), subset if split == "train" else 0
+    if name in CIFAR:
+        data = cifar(name, data_dir, "train" if split == "train" else "val", size, download)
+        if subset:
+            chosen = take(np.arange(len(data)), subset, data_dir)
+            data.images, data.labels = data.images[chosen], data.labels[chosen]
+            data.captions = [data.captions[i] for i in chosen]
+        return data
+    if download:
+        raise DataError(f"--download fetches CIFAR only; get {name} yourself (README, Data)")
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such folder; give the one that holds your {name} data as --data-dir")
+    return {"coco": coco, "captions": captions}[name](data_dir, split, size, subset)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text and batches
+
+
+class Tokenizer:
+    """Words and punctuation marks, lower-cased; learned from captions. (The paper: SentencePiece, 64,000.)"""
+
+    pattern = re.compile(r"'?\w+|[^\w\s]")  # "man's" -> man 's
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.index = {word: i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def learn(cls, texts, max_size):
+        """The commonest max_size - 4 words of the texts, ties in alphabetical order."""
+        counts = Counter(word for text in texts for word in cls.pattern.findall(text.lower()))
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(["<pad>", "<begin>", "<end>", "<unk>", *ranked[:max_size - 4]])
+
+    def __len__(self):
+        return len(self.words)
+
+    def encode(self, texts, text_len):
+        """texts -> tokens (len(texts), longest) int64, cut to text_len with BEGIN and END; PAD at the right."""
+        rows = [[self.index.get(word, UNKNOWN) for word in self.pattern.findall(text.lower())] for text in texts]
+        rows = [[BEGIN, *row[:text_len - 2], END] for row in rows]
+        tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD, np.int64)
+        for i, row in enumerate(rows):
+            tokens[i, :len(row)] = row
+        return torch.from_numpy(tokens)
+
+    def decode(self, tokens):
+        """tokens (L,) -> text up to END, readable: punctuation and 's joined to the word before."""
+        words = []
+        for i in map(int, tokens):
+            if i == END:
+                break
+            if i not in (PAD, BEGIN):
+                words.append(self.words[i])
+        return re.sub(r" (['’]\w+|[.,;:!?%)])", r"\1", " ".join(words))
+
+
+def to_model(images):
+    """uint8 -> float in [-1, 1], what CoCa takes."""
+    return images.float() / 127.5 - 1
+
+
+class Batches:
+    """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L). Nothing to replay on resume.
+
+    Every epoch has its own order and its own caption of each image; the last, short batch is dropped.
+    """
+
+    def __init__(self, data, tokenizer, text_len, batch_size, seed=0):
+        if batch_size > len(data):
+            raise DataError(f"--batch-size {batch_size} is more than the {len(data)} training images; give a smaller one")
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.per_epoch = len(data) // batch_size
+        unique = {text: i for i, text in enumerate(dict.fromkeys(t for texts in data.captions for t in texts))}
+        self.tokens = tokenizer.encode(unique, text_len)                # (texts, L)
+        cut = sum(len(tokenizer.pattern.findall(text)) > text_len - 2 for text in unique)
+        if cut:
+            note(f"{cut} captions cut to {text_len - 2} words")
+        self.choices = [[unique[text] for text in texts] for texts in data.captions]
+        self.sides = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
+        self.epoch = None
+
+    def __call__(self, step):
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, rng = epoch, np.random.default_rng([self.seed, 0, epoch])
+            self.order = rng.permutation(len(self.data))
+            self.draw = rng.random(self.per_epoch)  # one for a whole batch: with prompts, equal classes get equal texts
+        rows = self.order[at * self.batch_size:][:self.batch_size]
+        drawn = [self.choices[i][int(self.draw[at] * len(self.choices[i]))] for i in rows]
+        tokens = self.tokens[drawn]                                     # (B, L)
+        tokens = tokens[:, :int((tokens != PAD).sum(1).max())]          # no longer than the longest caption
+        images = torch.from_numpy(self.data.images[rows])               # (B, 3, S, S) uint8
+        if self.data.augment:
+            flip = ~torch.isin(tokens, self.sides).any(1)  # a mirrored picture would make "left" a lie
+            images = crop_and_flip(images, flip, np.random.default_rng([self.seed, 1, step]))
+        return to_model(images), tokens
+
+
+def crop_and_flip(images, may_flip, rng):
+    """Moves each image by up to an eighth of its side and mirrors half of those that may be: a batch at a time."""
+    B, _, S, _ = images.shape
+    by = S // 8
+    shift = torch.from_numpy(rng.integers(0, 2 * by + 1, (2, B, 1)))
+    flip = torch.from_numpy(rng.random(B) < 0.5) & may_flip
+    rows = columns = torch.arange(S).expand(B, S)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    rows, columns = rows + shift[0], columns + shift[1]                 # (B, S) of the padded image
+    padded = F.pad(images, (by, by, by, by), value=128)
+    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)

@@ -1,0 +1,202 @@
+"""Evaluate a CoCa checkpoint without training anything on the task (Sec. 3.3 "Zero-shot transfer").
+
+    python eval.py runs/shapes/checkpoint.pt                             on the data it was trained on
+    python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png         caption your own pictures
+    python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D   another task, never trained for
+    python eval.py runs/shapes/checkpoint.pt --json scores.json          the same for machines
+
+Classification by prompt ensembles (the templates: TEMPLATES and `shapes` in data.py), image-text retrieval
+both ways, greedy captions; the chance level stands beside each score.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from coca import CoCa, CoCaConfig
+from data import CIFAR, DataError, Tokenizer, load, read_image, to_model
+
+# ------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+def embed_images(model, images, batch=256):
+    """images (N, 3, S, S) uint8 array -> (N, E) unit norm."""
+    device = model.log_temperature.device
+    parts = [model.encode_image(to_model(torch.tensor(images[i:i + batch]).to(device)))
+             for i in tqdm(range(0, len(images), batch), "embedding images", leave=False)]
+    return torch.cat(parts)
+
+
+def embed_texts(model, tokenizer, texts, batch=1024):
+    """texts -> (len(texts), E) unit norm."""
+    device = model.log_temperature.device
+    parts = [model.encode_text(tokenizer.encode(texts[i:i + batch], model.config.text_len).to(device))
+             for i in range(0, len(texts), batch)]
+    return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tasks
+
+
+def zero_shot(image_embedding, model, tokenizer, data):
+    """Zero-shot classification (Table 4) -> predictions (N,): the class whose prompts lie nearest.
+
+    Prompt ensembling as in CLIP: a class is the mean of its prompts' embeddings.
+    """
+    prompts = [template.format(name) for name in data.classes for template in data.templates]
+    text = embed_texts(model, tokenizer, prompts).unflatten(0, (len(data.classes), -1))  # (classes, templates, E)
+    text = F.normalize(text.mean(1), dim=-1)                            # (classes, E)
+    return (image_embedding @ text.T).argmax(1)
+
+
+def recall(scores, relevant, ks=(1, 5, 10)):
+    """Share of queries with a relevant item among their K nearest, and the same by chance -> {K: (recall, chance)}.
+
+    scores (queries, items); relevant: for each query the list of its items. Several relevant items count
+    once, by the best ranked. A tie counts against: equal embeddings for everything must not score.
+    """
+    items, ranks = scores.shape[1], []
+    for row, mine in zip(scores, relevant):
+        best = row[mine].max()
+        ranks.append(int((row >= best).sum() - (row[mine] >= best).sum()))
+    ranks = torch.tensor(ranks)
+
+    def miss(g, k):  # probability that k of the items, drawn at random, hold none of g
+        return math.prod(max(items - g - j, 0) / (items - j) for j in range(min(k, items)))
+
+    return {k: ((ranks < k).float().mean().item(), 1 - sum(miss(len(mine), k) for mine in relevant) / len(relevant)) for k in ks}
+
+
+def retrieval(image_embedding, model, tokenizer, captions):
+    """Zero-shot retrieval (Table 3), cosine over the whole set -> {"image to text": {K: ...}, "text to image": ...}.
+
+    captions: a list of texts per image, all used. A text that several images carry is one item, right for each.
+    """
+    texts = list(dict.fromkeys(text for mine in captions for text in mine))
+    index = {text: i for i, text in enumerate(texts)}
+    of_image = [sorted({index[text] for text in mine}) for mine in captions]
+    of_text = [[] for _ in texts]
+    for i, mine in enumerate(of_image):
+        for j in mine:
+            of_text[j].append(i)
+    scores = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
+    return {"image to text": recall(scores, of_image), "text to image": recall(scores.T, of_text)}
+
+
+def caption(model, tokenizer, images, batch=256, **how):
+    """images (N, 3, S, S) uint8 -> N captions, greedy unless `how` (see CoCa.generate) says otherwise."""
+    device = model.log_temperature.device
+    texts = []
+    for i in tqdm(range(0, len(images), batch), "captioning", leave=False):
+        tokens = model.generate(to_model(torch.tensor(images[i:i + batch]).to(device)), **how)
+        texts += [tokenizer.decode(row) for row in tokens.tolist()]
+    return texts
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, settings, captioned=1000):
+    """All tasks that `settings` (data, data_dir, seed) have data for -> a dict of plain numbers and texts.
+
+    captioned: caption at most that many validation images.
+    """
+    model.eval()
+    name, where = settings["data"], dict(data_dir=settings["data_dir"], size=model.config.image_size, seed=settings["seed"])
+    data = load(name, split="val", **where)
+    image_embedding = embed_images(model, data.images)
+    scores = {"data": name, "images": len(data)}
+    if name == "shapes" or name in CIFAR:
+        labelled, embedding = data, image_embedding
+        if name == "shapes":
+            labelled = load(name, split="zeroshot", **where)
+            embedding = embed_images(model, labelled.images)
+        right = zero_shot(embedding, model, tokenizer, labelled).cpu() == torch.from_numpy(labelled.labels)
+        scores["zero-shot top-1"] = {"score": right.float().mean().item(), "chance": 1 / len(labelled.classes), "images": len(right)}
+    for way, found in retrieval(image_embedding, model, tokenizer, data.captions).items():
+        for k, (score, chance) in found.items():
+            scores[f"{way} R@{k}"] = {"score": score, "chance": chance}
+    texts = caption(model, tokenizer, data.images[:captioned])
+    plain = [{tokenizer.decode(row) for row in tokenizer.encode(mine, model.config.text_len)} for mine in data.captions[:captioned]]
+    scores["captions exactly right"] = {"score": sum(text in mine for text, mine in zip(texts, plain)) / len(texts), "chance": 0.0}
+    scores["distinct captions"] = {"score": len(set(texts)) / len(texts), "chance": 1 / len(texts)}
+    scores["captions"] = [{"generated": text, "true": mine} for text, mine in zip(texts[:5], data.captions)]
+    return scores
+
+
+def report(scores):
+    """Prints what evaluate returned."""
+    print(f"{scores['data']}: {scores['images']} validation images")
+    print(f"{'':24} {'score':>8} {'chance':>8}")
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            print(f"{name:24} {value['score']:8.2%} {value['chance']:8.2%}")
+    for pair in scores["captions"]:
+        print(f"  generated: {pair['generated']}\n       true: {pair['true'][0]}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints and the command line
+
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there first."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> model, tokenizer, the whole checkpoint (plain types only: no code runs on loading). DataError if unfit."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint; python train.py makes one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        model = CoCa(CoCaConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+        return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
+    except Exception as e:  # cut off, foreign, or with code in it: torch names each differently
+        raise DataError(f"{path}: not a checkpoint of this program ({type(e).__name__}); give another one") from None
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python eval.py CHECKPOINT [options]")
+    p.add_argument("checkpoint", help="OUT/checkpoint.pt of train.py")
+    p.add_argument("--data", choices=["shapes", "cifar10", "cifar100", "coco", "captions"], help="default: what it was trained on")
+    p.add_argument("--data-dir", help="folder of the data (default: as in training)")
+    p.add_argument("--image", nargs="+", metavar="FILE", default=[], help="caption these image files instead")
+    p.add_argument("--json", metavar="FILE", help="also write the scores there")
+    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    args = p.parse_args(argv)
+    model, tokenizer, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.image:
+        images = torch.stack([torch.from_numpy(read_image(Path(f), model.config.image_size).copy()) for f in args.image])
+        scores = dict(zip(args.image, caption(model, tokenizer, images.numpy())))
+        for name, text in scores.items():
+            print(f"{name}: {text}")
+    else:
+        settings = dict(checkpoint["settings"])
+        if args.data:
+            settings.update(data=args.data, data_dir=args.data_dir)
+        elif args.data_dir:
+            settings["data_dir"] = args.data_dir
+        scores = evaluate(model, tokenizer, settings)
+        report(scores)
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(scores, indent=1))
+        except OSError as e:
+            raise DataError(f"{args.json}: cannot be written ({e})") from None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as e:
+        sys.exit(f"error: {e}")
