@@ -210,7 +210,7 @@ class AttentionalPooler(nn.Module):
         self.query = nn.Parameter(torch.empty(n_query, width))
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.query, std=0.02)
+        nn.init.normal_(self.query)  # far apart, to ask for different things from the start
 
     def forward(self, tokens, return_weights=False):
         """tokens (B, P, D) -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
@@ -255,7 +255,7 @@ class UnimodalDecoder(nn.Module):
         x = torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))  # (B, L + 1, D)
         for block in self.blocks:
             x = block(x, causal=True)                                   # (B, L + 1, D)
-        return x[:, :L], self.norm(x[is_cls])                           # (B, L, D), (B, D)
+        return x[:, :L], self.norm(x[torch.arange(B), length])          # (B, L, D), (B, D)
 
 
 class MultimodalDecoder(nn.Module):
@@ -345,16 +345,27 @@ class CoCa(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self):
-        """Normal(0, 0.02), biases 0, LayerNorms 1; what adds to a residual stream less the deeper it is (GPT-2)."""
+        """Matrices: normal, variance 1 / inputs; less, the deeper, where they add to a residual stream (GPT-2).
+        Embedding, softmax, [CLS], text positions: normal(0, 0.02); queries normal(0, 1), to ask for different
+        things from the start. Biases 0, LayerNorm scales 1."""
         c = self.config
-        for name, p in self.named_parameters():
-            if p.dim() > 1 or name.endswith("cls"):
-                residual = name.endswith(("attention.out.weight", "mlp.2.weight")) and "pooler" not in name
-                layers = c.encoder_layers if name.startswith("encoder") else c.n_uni + c.n_multi
-                p.normal_(std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
-            else:
-                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        self.encoder.position.copy_(0.02 * sinusoids_2d(c.image_size // c.patch_size, c.width))
+        for p in self.parameters():
+            p.normal_(std=0.02) if p.dim() else p.fill_(math.log(0.07))
+        for module in self.modules():
+            if isinstance(module, AttentionalPooler):
+                module.query.normal_()
+            elif isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)) and module is not self.multimodal.head:
+                module.bias.zero_()
+                if isinstance(module, nn.LayerNorm):
+                    module.weight.fill_(1.0)
+                else:
+                    module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+        for stack, layers in ((self.encoder, c.encoder_layers), (self.unimodal, c.n_uni + c.n_multi),
+                              (self.multimodal, c.n_uni + c.n_multi)):
+            for name, p in stack.named_parameters():
+                if name.endswith(("attention.out.weight", "mlp.2.weight")):
+                    p.div_(math.sqrt(2 * layers))
+        self.encoder.position.copy_(0.2 * sinusoids_2d(c.image_size // c.patch_size, c.width))
         self.log_temperature.fill_(math.log(0.07))
 
     @property
@@ -408,9 +419,13 @@ class CoCa(nn.Module):
         """Captions of images (B, 3, H, W) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
         temperature 0 is greedy; else sample from softmax(logits / temperature), among the top_k likeliest
-        tokens only (0 = all) and the fewest that hold a share top_p of the probability.
+        tokens only (0 = all) and the fewest that hold a share top_p of the probability. ValueError if senseless.
         """
-        max_len = min(max_len or self.config.text_len, self.config.text_len)
+        max_len = self.config.text_len if max_len is None else min(max_len, self.config.text_len)
+        for name, value, fits in (("max_len", max_len, max_len > 0), ("temperature", temperature, temperature >= 0),
+                                  ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1)):
+            if not fits:
+                raise ValueError(f"{name} cannot be {value}")
         caption_tokens, _ = self.pool_image(images)                     # (B, Q, D)
         tokens = torch.full((len(images), 1), BEGIN, device=images.device)
         done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
