@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # the four special tokens; a caption is BEGIN words... END PAD...
 
@@ -164,7 +165,14 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
 
+    recompute = False  # forget activations and compute them again in backward
+
     def forward(self, x, context=None, causal=False, cache=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, context, causal, use_reentrant=False)
+        return self.run(x, context, causal, cache)
+
+    def run(self, x, context=None, causal=False, cache=None):
         x = x + self.self_attention(self.norm1(x), causal=causal, cache=cache)
         if context is not None:
             x = x + self.cross_attention(self.norm2(x), context, cache=cache)
@@ -278,6 +286,18 @@ class MultimodalDecoder(nn.Module):
 # Losses: Eqs. (2) and (3)
 
 
+BLOCK = 2**25  # elements: 128 MiB of float32
+
+
+def in_blocks(function, rows, width, *inputs):
+    """Sum of function(*inputs[i:j]) over blocks of rows, so that no (rows, width) tensor is ever whole in memory:
+    when there is more than one, each block's work is done again in backward instead of being kept."""
+    size = max(1, BLOCK // width)
+    if rows <= size:
+        return function(*inputs)
+    return sum(checkpoint(function, *(t[i:i + size] for t in inputs), use_reentrant=False) for i in range(0, rows, size))
+
+
 def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=None):
     """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / s)_i + sum_i log softmax_j(y_i.x_j / s)_i).
 
@@ -287,27 +307,36 @@ def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=N
     is uniform over them, and its entropy, the log of their number, is taken off so that 0 can be
     reached (gradients do not change). Without it a batch of 64 class names has a floor of 1.9 a direction.
     """
-    logits = image_embedding @ text_embedding.T / temperature           # (N, N)
-    N = len(logits)
+    N = len(image_embedding)
     if caption_ids is None:
-        caption_ids = torch.arange(N, device=logits.device)
-    same = caption_ids[:, None] == caption_ids                          # (N, N) True = a positive
-    copies = same.sum(1)                                                # (N,)
-    positive = torch.where(same, (logits.log_softmax(1) + logits.log_softmax(0)), 0).sum(1) / copies
-    return (-positive - 2 * copies.log()).mean()
+        caption_ids = torch.arange(N, device=image_embedding.device)
+
+    def direction(others):
+        def block(own, own_ids):
+            log_p = (own @ others.T / temperature).log_softmax(1)       # (rows, N)
+            same = own_ids[:, None] == caption_ids                      # (rows, N) True = a positive
+            copies = same.sum(1)
+            return -(torch.where(same, log_p, 0).sum(1) / copies + copies.log()).sum()
+        return block
+
+    return (in_blocks(direction(text_embedding), N, N, image_embedding, caption_ids)
+            + in_blocks(direction(image_embedding), N, N, text_embedding, caption_ids)) / N
 
 
 def captioning_loss(logits, tokens, head=None):
     """Eq. (3): -log P(y_t | y_<t, x), as the mean over the batch's real target tokens.
 
     logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar.
-    head: if given, `logits` are states (B, L, D) and head(states) is taken where there is a target only.
+    head: if given, `logits` are states (B, L, D), and head(states) is taken where there is a target only.
     """
     targets = tokens[:, 1:]
     real = targets != PAD                                               # (B, L - 1) True = counts
-    x = logits[:, :-1][real]                                            # (T, V) or (T, D)
-    x = x if head is None else head(x)                                  # (T, V)
-    return F.cross_entropy(x, targets[real], reduction="sum") / real.sum().clamp(min=1)
+    x, targets = logits[:, :-1][real], targets[real]                    # (T, V) or (T, D), (T,)
+
+    def block(x, targets):
+        return F.cross_entropy(head(x) if head else x, targets, reduction="sum")
+
+    return in_blocks(block, len(x), head.out_features if head else 1, x, targets) / max(1, len(targets))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -318,6 +347,7 @@ class CoCaOutput(NamedTuple):
     image_embedding: torch.Tensor  # (B, E) unit norm
     text_embedding: torch.Tensor  # (B, E) unit norm
     logits: torch.Tensor  # (B, L, V); logits[:, t] predicts tokens[:, t + 1]
+    states: torch.Tensor  # (B, L, D); logits = head(states)
 
 
 class Losses(NamedTuple):
@@ -393,25 +423,22 @@ class CoCa(nn.Module):
         """tokens (B, L) -> text embedding (B, E), unit norm: y of Eq. (2)."""
         return F.normalize(self.unimodal(tokens)[1], dim=-1)
 
-    def features(self, images, tokens):
-        """One pass through everything but the softmax -> image_embedding, text_embedding, states (B, L, D)."""
+    def forward(self, images, tokens, with_logits=True):
+        """images (B, 3, H, W), tokens (B, L) -> CoCaOutput; without logits for training, which needs few of them."""
         caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
         states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
-        states = self.multimodal(states, caption_tokens)                # (B, L, D)
-        return image_embedding, F.normalize(cls, dim=-1), states
-
-    def forward(self, images, tokens):
-        """images (B, 3, H, W), tokens (B, L) -> CoCaOutput."""
-        image_embedding, text_embedding, states = self.features(images, tokens)
-        return CoCaOutput(image_embedding, text_embedding, self.multimodal.head(states))
+        text_embedding = F.normalize(cls, dim=-1)                       # (B, E)
+        if with_logits or self.config.lambda_cap:  # a dual encoder in training has no use for the upper half
+            states = self.multimodal(states, caption_tokens)            # (B, L, D)
+        logits = self.multimodal.head(states) if with_logits else None  # (B, L, V)
+        return CoCaOutput(image_embedding, text_embedding, logits, states)
 
     def losses(self, images, tokens):
         """Eq. (4): lambda_con L_con + lambda_cap L_cap from one forward pass -> Losses."""
-        c = self.config
-        image_embedding, text_embedding, states = self.features(images, tokens)
+        c, out = self.config, self(images, tokens, with_logits=False)
         caption_ids = torch.unique(tokens, dim=0, return_inverse=True)[1]
-        con = contrastive_loss(image_embedding, text_embedding, self.temperature, caption_ids)
-        cap = captioning_loss(states, tokens, self.multimodal.head)
+        con = contrastive_loss(out.image_embedding, out.text_embedding, self.temperature, caption_ids)
+        cap = captioning_loss(out.states, tokens, self.multimodal.head) if c.lambda_cap else con.new_zeros(())
         return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
 
     @torch.no_grad()

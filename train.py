@@ -1,4 +1,4 @@
-"""Train a CoCa (Sec. 3.2, Eq. (4)) on one machine, with the paper's recipe (Sec. 4.1) scaled down.
+"""Train a CoCa (Sec. 3.2, Eq. (4)) with the paper's recipe (Sec. 4.1) scaled down.
 
     python train.py                                                    generated scenes, some minutes on a CPU
     python train.py --data cifar10 --data-dir DIR [--download]         CIFAR-10 in DIR
@@ -6,27 +6,37 @@
     python train.py --data captions --data-dir DIR                     your images, and a CSV image,caption
     python train.py --lambda-cap 0                                     a dual encoder (CLIP); --lambda-con 0: a captioner
     python train.py --out runs/shapes --resume                         go on with a run that was stopped
+    python train.py --batch-size 1024 --accum 16                       a large batch in the memory of a small one
+    torchrun --nproc_per_node=2 train.py                               the same batch over two processes
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from coca import CONFIGS, CoCa
+from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss
 from data import Batches, DataError, Tokenizer, load
 from eval import evaluate, load_checkpoint, pick_device, report
 
-DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=2000, batch_size=64, lr=1e-3,
-                lambda_con=1.0, lambda_cap=2.0, pooler="cascade", seed=0)
 PHOTOS = dict(image_size=64, patch_size=8)  # photographs need more pixels than 32; as many image tokens
-DATA = {"shapes": {}, "cifar10": {}, "cifar100": {}, "coco": PHOTOS, "captions": PHOTOS}  # sizes the data change in "tiny"
+DATA = {"shapes": {}, "cifar10": {}, "cifar100": {}, "coco": PHOTOS, "captions": PHOTOS}  # sizes each changes in "tiny"
+DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=2000, batch_size=64, lr=1e-3,
+                lambda_con=1.0, lambda_cap=2.0, pooler="cascade", seed=0)  # what makes a run; the checkpoint keeps it
+
+# ------------------------------------------------------------------------------------------------
+# Command line
 
 
 def number(kind, low):
@@ -40,11 +50,10 @@ def number(kind, low):
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python train.py [options]",
-                                argument_default=argparse.SUPPRESS)  # so that --resume sees what was really given
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python train.py [options]")
 
-    def flag(name, text, **how):
-        p.add_argument(name, help=f"{text} (default: {DEFAULTS[name[2:].replace('-', '_')]})", **how)
+    def flag(name, text, **how):  # its default is filled in later, so that --resume sees what was really given
+        p.add_argument(name, default=argparse.SUPPRESS, help=f"{text} (default: {DEFAULTS[name[2:].replace('-', '_')]})", **how)
 
     flag("--data", "what to train on", choices=DATA)
     flag("--data-dir", "folder of the data")
@@ -59,40 +68,47 @@ def parse_args(argv):
     flag("--seed", "of weights, order and generated scenes", type=number(int, 0))
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--out", help="folder for checkpoint.pt and metrics.csv (default: a new runs/DATA)")
-    p.add_argument("--resume", action="store_true", default=False, help="go on from --out's checkpoint.pt, with its settings")
-    p.add_argument("--download", action="store_true", default=False, help="fetch CIFAR into --data-dir first")
+    p.add_argument("--resume", action="store_true", help="go on from --out's checkpoint.pt, with its settings")
+    p.add_argument("--download", action="store_true", help="fetch CIFAR into --data-dir first")
+    p.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints (default: 500)")
+    p.add_argument("--accum", type=number(int, 1), default=1, help="compute each batch in that many parts, same gradients (default: 1)")
+    p.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, same gradients")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model (worth it on GPUs)")
     args = p.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    if args.resume and "out" not in args:
+    if given.get("data_dir"):
+        given["data_dir"] = str(Path(given["data_dir"]).resolve())
+    if args.resume and not args.out:
         p.error("--resume needs --out, the folder of the run to go on with")
     try:
-        if not args.resume:
-            make_config({**DEFAULTS, **given})
+        make_config({**DEFAULTS, **given})
     except ValueError as e:
         p.error(str(e))
     return args, given
 
 
-def make_config(settings, vocab_size=None):
-    config = CONFIGS[settings["config"]]
+def make_config(settings, **changes):
     sizes = DATA[settings["data"]] if settings["config"] == "tiny" else {}
     weights = {name: settings[name] for name in ("lambda_con", "lambda_cap", "pooler")}
-    return dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size, **sizes, **weights)
+    return dataclasses.replace(CONFIGS[settings["config"]], **sizes, **weights, **changes)
 
 
 def new_folder(out, data):
     """The folder asked for, or the first free of runs/DATA, runs/DATA-2, ... : no run is ever written over."""
     if out is None:
-        number = next(n for n in range(1, sys.maxsize) if not Path(f"runs/{data}" + f"-{n}" * (n > 1)).exists())
-        out = f"runs/{data}" + f"-{number}" * (number > 1)
-    out = Path(out)
-    if (out / "checkpoint.pt").exists() or (out / "metrics.csv").exists():
+        names = (f"runs/{data}" + f"-{n}" * (n > 1) for n in range(1, sys.maxsize))
+        return Path(next(name for name in names if not Path(name).exists()))
+    if (Path(out) / "checkpoint.pt").exists():
         raise DataError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
-    return out
+    return Path(out)
+
+
+# ------------------------------------------------------------------------------------------------
+# Recipe (Sec. 4.1)
 
 
 def learning_rate(step, peak, steps):
-    """Linear warm-up over the first 2 % of the steps, then linear decay to 0 (Sec. 4.1)."""
+    """Linear warm-up over the first 2 % of the steps, then linear decay to 0."""
     warm_up = max(1, round(0.02 * steps))
     return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
@@ -105,37 +121,145 @@ def make_optimizer(model):
                              betas=(0.9, 0.999), fused=True)
 
 
+# ------------------------------------------------------------------------------------------------
+# One batch in several parts, on one or many processes: the paper's N is 65,536
+
+
+def gather(rows, sizes):
+    """Rows of all processes, in their order; sizes: how many each has."""
+    if len(sizes) == 1:
+        return rows
+    padded = F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)])  # collectives want equal shapes
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+def backward(model, images, tokens, accum=1, sizes=None, autocast=contextlib.nullcontext):
+    """Leaves the gradient of Eq. (4) for the *global* batch in model's parameters -> loss_con, loss_cap.
+
+    images, tokens: this process's rows. The contrastive loss compares every pair of the batch, so it is
+    no mean over parts of it: adding up the parts' own losses would be wrong. Instead (gradient caching):
+    embed every part without a graph; take the loss of all embeddings, and its gradient with respect to
+    them; then run each part again with a graph and send that gradient in. The captioning loss is a sum
+    over target tokens: each part counts by its own number of them.
+    """
+    core = model.module if isinstance(model, DistributedDataParallel) else model
+    sizes = sizes or [len(images)]
+    rank = dist.get_rank() if len(sizes) > 1 else 0
+    config, world, parts = core.config, len(sizes), list(zip(images.chunk(accum), tokens.chunk(accum)))
+
+    def run(part):
+        with autocast():
+            return model(*part, with_logits=False)
+
+    if len(parts) == 1:  # a single part needs no second run: its graph is kept
+        outputs = [run(parts[0])]
+        own = [out[:2] for out in outputs]
+    else:
+        with torch.no_grad(), autocast():
+            own = [(core.encode_image(x), core.encode_text(t)) for x, t in parts]
+    x, y = (torch.cat(e).detach().to(core.log_temperature.dtype) for e in zip(*own))
+    ids = torch.unique(gather(F.pad(tokens, (0, config.text_len - tokens.shape[1])), sizes), dim=0, return_inverse=True)[1]
+    x_all, y_all = (gather(e, sizes).requires_grad_() for e in (x, y))
+    con = contrastive_loss(x_all, y_all, core.temperature, ids)
+    *gradients, of_temperature = torch.autograd.grad(config.lambda_con * con, (x_all, y_all, core.log_temperature))
+    first = sum(sizes[:rank])
+    dx, dy = (g[first:first + len(x)].split([len(part[0]) for part in parts]) for g in gradients)
+    targets = (tokens[:, 1:] != PAD).sum()
+    if world > 1:
+        dist.all_reduce(targets)
+
+    cap = 0.0
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # processes talk once a step
+            out = outputs[0] if len(parts) == 1 else run(part)
+            # a scalar whose gradient is that of Eq. (4); DDP takes the mean over processes, hence `world`
+            total = (out.image_embedding * dx[i]).sum() + (out.text_embedding * dy[i]).sum()
+            if config.lambda_cap:
+                with autocast():
+                    loss = captioning_loss(out.states, part[1], core.multimodal.head)
+                share = loss * (part[1][:, 1:] != PAD).sum() / targets
+                total, cap = total + config.lambda_cap * share, cap + share.detach()
+            total = total * world
+            if last:
+                total = total + core.log_temperature * of_temperature
+            total.backward()
+    cap = torch.as_tensor(cap, device=con.device)
+    if world > 1:
+        dist.all_reduce(cap)
+    return con.detach(), cap
+
+
+# ------------------------------------------------------------------------------------------------
+# Nothing lost
+
+
 def save(path, checkpoint):
     """Writes beside the old checkpoint, then renames: at no moment is there none that loads."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({str(e).splitlines()[0]}); the one before, if any, is untouched") from None
 
 
 FIELDS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds"]
 
 
 def open_metrics(path, step):
-    """metrics.csv, ready for the row after `step`; rows a stopped run wrote past its checkpoint go."""
-    rows = []
+    """-> metrics.csv, its writer, and seconds so far. Rows that a stopped run wrote past its checkpoint are cut off."""
+    f = open(path, "r+" if step else "w", newline="")
+    seconds, end = 0.0, None
     if step:
-        with open(path, newline="") as f:
-            rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-    f = open(path, "w", newline="")
+        end = len(f.readline())
+        for line in iter(f.readline, ""):
+            if int(line.split(",")[0]) > step:
+                break
+            end, seconds = end + len(line), float(line.rsplit(",", 1)[1])
+        f.truncate(end)
+        f.seek(end)
     writer = csv.DictWriter(f, FIELDS)
-    writer.writeheader()
-    writer.writerows(rows)
-    return f, writer, float(rows[-1]["seconds"]) if rows else 0.0
+    if not step:
+        writer.writeheader()
+    return f, writer, seconds
+
+
+class Stop:
+    """Ctrl-C and SIGTERM let the step in hand finish; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args, given = parse_args(argv)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
     device = pick_device(args.device)
-    out = Path(args.out) if args.resume else new_folder(getattr(args, "out", None), given.get("data", "shapes"))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    say = print if rank == 0 else lambda *a: None
+    checkpoint = None
     if args.resume:
+        out = Path(args.out)
         model, tokenizer, checkpoint = load_checkpoint(out / "checkpoint.pt", device)
         settings = checkpoint["settings"]
         for name, value in given.items():
@@ -143,68 +267,105 @@ def main(argv=None):
                 flag = "--" + name.replace("_", "-")
                 raise DataError(f"{out}/checkpoint.pt was made with {flag} {settings[name]}; leave {flag} out to go on with it")
     else:
-        checkpoint, settings = None, {**DEFAULTS, **given}
+        out, settings = new_folder(args.out, given.get("data", "shapes")), {**DEFAULTS, **given}
     s = argparse.Namespace(**settings)
+    if s.batch_size < args.accum * world:
+        raise DataError(f"--batch-size {s.batch_size} cannot be cut into {args.accum} parts for each of {world} processes; make it larger")
 
     torch.manual_seed(s.seed)
-    size = model.config.image_size if args.resume else make_config(settings).image_size
-    data = load(s.data, s.data_dir, "train", size, s.subset, s.seed, args.download)
+    for turn in range(min(world, 2)):  # the first process decodes images, the others read what it has kept
+        if turn == min(rank, 1):
+            data = load(s.data, s.data_dir, "train", make_config(settings).image_size, s.subset, s.seed, args.download)
+        if world > 1:
+            dist.barrier()
     if not args.resume:
         texts = (text for mine in data.captions for text in mine)
         tokenizer = Tokenizer.learn(texts, make_config(settings).vocab_size)
-        model = CoCa(make_config(settings, len(tokenizer))).to(device)
+        model = CoCa(make_config(settings, vocab_size=len(tokenizer))).to(device)
+    sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
+    own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch: the order is one, whatever the number of processes
     batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed)
     optimizer, start = make_optimizer(model), 0
-    if args.resume:
+    if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"].cpu())
         start = checkpoint["step"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        metrics, writer, before = open_metrics(out / "metrics.csv", start)
-    except OSError as e:
-        raise DataError(f"{out}: cannot be written ({e}); give another --out") from None
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = args.grad_checkpoint
+    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
 
-    count = lambda *parts: sum(p.numel() for part in parts if part is not None for p in part.parameters()) / 1e6  # noqa: E731
-    print(" ".join(f"{name}={value}" for name, value in {**settings, "device": device, "out": out}.items()))
-    print(f"{len(data):,} images, {len(tokenizer):,} words; parameters: encoder {count(model.encoder):.2f}M, "
-          f"poolers {count(model.generative_pooler, model.contrastive_pooler):.2f}M, "
-          f"decoder {count(model.unimodal, model.multimodal):.2f}M")
-    print(f"losses to expect at step 0: contrastive about 2 ln {s.batch_size} = {2 * math.log(s.batch_size):.2f} (less if captions "
-          f"repeat), captioning about ln {len(tokenizer)} = {math.log(len(tokenizer)):.2f}")
+    def autocast():  # matrix products in bfloat16; LayerNorm, softmax and losses stay in float32
+        return torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext()
 
-    def checkpoint_now(step):
+    def keep(step):
         save(out / "checkpoint.pt", dict(config=dataclasses.asdict(model.config), vocabulary=tokenizer.words, settings=settings,
                                          model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                                          random=torch.get_rng_state()))
 
-    began = time.time()
-    bar = tqdm(range(start, s.steps), "training", s.steps, initial=start)
+    metrics, before = None, 0.0
+    if rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not checkpoint:
+                keep(0)
+            metrics, writer, before = open_metrics(out / "metrics.csv", start)
+        except OSError as e:
+            raise DataError(f"{out}: cannot be written ({e}); give another --out") from None
+
+    count = lambda *parts: sum(p.numel() for part in parts if part is not None for p in part.parameters()) / 1e6  # noqa: E731
+    say(" ".join(f"{name}={value}" for name, value in {**settings, "device": device, "out": out, "processes": world}.items()))
+    say(f"{len(data):,} images, {len(tokenizer):,} words; parameters: encoder {count(model.encoder):.2f}M, "
+        f"poolers {count(model.generative_pooler, model.contrastive_pooler):.2f}M, decoder {count(model.unimodal, model.multimodal):.2f}M")
+    say(f"losses to expect at step 0: contrastive about 2 ln {s.batch_size} = {2 * math.log(s.batch_size):.2f} (less if captions "
+        f"repeat), captioning about ln {len(tokenizer)} = {math.log(len(tokenizer)):.2f}")
+
+    if args.compile:
+        model.compile()
+    runner = model
+    if world > 1:
+        runner = DistributedDataParallel(model, find_unused_parameters=not s.lambda_cap)
+    stop, began, step = Stop(), time.time(), start
+    bar = tqdm(range(start, s.steps), "training", s.steps, initial=start, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, s.lr, s.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, tokens = batches(step)
-        losses = model.losses(images.to(device), tokens.to(device))
-        values = dict(zip(("loss", "loss_con", "loss_cap"), torch.stack(losses).tolist()))
-        bad = [name for name in ("loss_con", "loss_cap", "loss") if not math.isfinite(values[name])]
-        if bad:
-            raise DataError(f"step {step + 1}: {bad[0]} is {values[bad[0]]}; {out}/checkpoint.pt is the last good one, try a smaller --lr")
+        images, tokens = (t[own].to(device) for t in batches(step))
         optimizer.zero_grad()
-        losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        con, cap = backward(runner, images, tokens, args.accum, sizes, autocast)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        temperature = model.temperature.detach()
+        values = torch.stack([con, cap, norm, temperature, torch.tensor(float(stop.signal), device=device)])
+        if world > 1:
+            dist.all_reduce(values[4:], dist.ReduceOp.MAX)  # all stop after the same step
+        con, cap, norm, temperature, signalled = values.tolist()  # the only wait for the device in a step
+        for name, value in (("loss_con", con), ("loss_cap", cap), ("the gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise DataError(f"step {step + 1}: {name} is {value}; {out}/checkpoint.pt is the last good one, try a smaller --lr")
         optimizer.step()
-        writer.writerow(dict(step=step + 1, images=(step + 1) * s.batch_size, **values, lr=lr,
-                             temperature=model.temperature.item(), seconds=round(before + time.time() - began, 3)))
-        bar.set_postfix(con=f"{values['loss_con']:.3f}", cap=f"{values['loss_cap']:.3f}")
-        if (step + 1) % 500 == 0 or step + 1 == s.steps:
-            metrics.flush()  # first, so that no checkpoint is ahead of its metrics
-            checkpoint_now(step + 1)
-    metrics.close()
+        if rank == 0:
+            writer.writerow(dict(step=step + 1, images=(step + 1) * s.batch_size, loss_con=con, loss_cap=cap,
+                                 loss=s.lambda_con * con + s.lambda_cap * cap, lr=lr, temperature=temperature,
+                                 seconds=round(before + time.time() - began, 3)))
+            if step % 10 == 0:
+                bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
+            if (step + 1) % args.save_every == 0 or step + 1 == s.steps or signalled:
+                metrics.flush()  # first, so that no checkpoint is ahead of its metrics
+                keep(step + 1)
+        if signalled:
+            bar.close()
+            say(f"stopped by {signal.Signals(int(signalled)).name} after step {step + 1}, saved; "
+                f"go on with: python train.py --out {out} --resume")
+            sys.exit(128 + int(signalled))
     seconds = before + time.time() - began
-    print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, {seconds:.0f} s of training on {device}")
-    report(evaluate(model, tokenizer, settings))
-    print(f"saved: {out}/checkpoint.pt, {out}/metrics.csv\nnext:  python eval.py {out}/checkpoint.pt --image YOUR.jpg")
+    if rank == 0:
+        metrics.close()
+        say(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, {seconds:.0f} s of training on {device}")
+        report(evaluate(model, tokenizer, settings))
+        say(f"saved: {out}/checkpoint.pt, {out}/metrics.csv\nnext:  python eval.py {out}/checkpoint.pt --image YOUR.jpg")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
