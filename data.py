@@ -10,6 +10,7 @@ Whatever is wrong with a file is a DataError of one line: what, where, and what 
 """
 import csv
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -142,13 +143,15 @@ def shapes(split, size, subset, seed):
 TEMPLATES = [  # from the prompts CLIP uses for CIFAR
     "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a bad photo of a {}.",
     "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}.", "a photo of the {}."]
-CIFAR = {  # python folder, its files, binary folder, its files, names of classes; label bytes a row; md5 of the archive
-    "cifar10": dict(python="cifar-10-batches-py", binary="cifar-10-batches-bin", meta="batches.meta", names="label_names",
-                    train=[f"data_batch_{i}" for i in range(1, 6)], val=["test_batch"], labels="labels", label_bytes=1,
-                    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", md5="c58f30108f718f92721af3b95e74349a"),
-    "cifar100": dict(python="cifar-100-python", binary="cifar-100-binary", meta="meta", names="fine_label_names",
-                     train=["train"], val=["test"], labels="fine_labels", label_bytes=2,
-                     url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", md5="eb9058c3a382ffc7106e4002c42a8d85"),
+CIFAR = {
+    "cifar10": dict(
+        python="cifar-10-batches-py", binary="cifar-10-batches-bin", train=[f"data_batch_{i}" for i in range(1, 6)], val=["test_batch"],
+        meta="batches.meta", names="label_names", text_meta="batches.meta.txt", labels="labels", label_bytes=1,
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", md5="c58f30108f718f92721af3b95e74349a"),
+    "cifar100": dict(
+        python="cifar-100-python", binary="cifar-100-binary", train=["train"], val=["test"],
+        meta="meta", names="fine_label_names", text_meta="fine_label_names.txt", labels="fine_labels", label_bytes=2,
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", md5="eb9058c3a382ffc7106e4002c42a8d85"),
 }
 
 
@@ -160,7 +163,7 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
-            raise DataError(f"it wants to run {module}.{name}, which no CIFAR file does: delete it")
+            raise DataError(f"it wants to run {f'{module}.{name}'!r}, which no CIFAR file does: delete it")
         return super().find_class(module, name)
 
 
@@ -179,7 +182,7 @@ def read_pickle(path):
     return content
 
 
-def read_cifar_batch(path, kind):
+def read_cifar_batch(path, kind, classes):
     """-> images (n, 3, 32, 32) uint8, labels (n,)."""
     if path.suffix == ".bin":
         raw, row = np.fromfile(path, np.uint8), kind["label_bytes"] + 3072
@@ -189,22 +192,24 @@ def read_cifar_batch(path, kind):
         images, labels = raw[:, -3072:], raw[:, -3073]  # in CIFAR-100 the fine label is the second
     else:
         batch = read_pickle(path)
-        images, labels = batch.get("data"), np.asarray(batch.get(kind["labels"], ()))
-    good = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape == (len(labels), 3072)
-    if not good or labels.dtype.kind not in "iu":
+        images, labels = batch.get("data"), batch.get(kind["labels"])
+    good = (isinstance(images, np.ndarray) and images.dtype == np.uint8 and isinstance(labels, (list, np.ndarray)) and len(labels)
+            and images.shape == (len(labels), 3072) and all(isinstance(label, (int, np.integer)) for label in labels))
+    if not good:
         raise DataError(f"{path}: truncated or corrupt (no {kind['labels']!r} and 3072 bytes for each image); get it again")
-    return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+    labels = np.array(labels, np.int64)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"{path}: labels {labels.min()} to {labels.max()} but {len(classes)} class names; get it again")
+    return images.reshape(-1, 3, 32, 32), labels
 
 
 def cifar(name, data_dir, split, size, download):
     kind = CIFAR[name]
     if download:
         fetch(kind["url"], kind["md5"], data_dir)
-    for folder, suffix, meta in ((kind["python"], "", kind["meta"]), (kind["binary"], ".bin", "")):
-        for root in (data_dir / folder, data_dir):  # DIR may be the folder itself or the one that holds it
-            found = [root / (f + suffix) for f in kind[split] if (root / (f + suffix)).exists()]
-            if found:
-                break
+    places = [(data_dir / kind["python"], ""), (data_dir, ""), (data_dir / kind["binary"], ".bin"), (data_dir, ".bin")]
+    for root, suffix in places:  # DIR may be the folder itself or the one that holds it
+        found = [path for f in kind[split] if (path := root / (f + suffix)).is_file()]
         if found:
             break
     else:
@@ -212,19 +217,12 @@ def cifar(name, data_dir, split, size, download):
         raise DataError(f"{wanted}: no such file; give the folder that holds it as --data-dir, or add --download")
     if len(found) < len(kind[split]):
         note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; using those")
-    if meta:
-        classes = read_pickle(root / meta).get(kind["names"])
-    else:
-        texts = sorted(root.glob("batches.meta.txt")) + sorted(root.glob("fine_label_names.txt"))
-        if not texts:
-            raise DataError(f"{root}: the class names are missing (batches.meta.txt or fine_label_names.txt); unpack the archive again")
-        classes = texts[0].read_text().split()
-    if not classes:
-        raise DataError(f"{root / meta}: no class names in it; get it again")
-    parts = [read_cifar_batch(path, kind) for path in found]
+    meta = root / (kind["text_meta"] if suffix else kind["meta"])
+    classes = read_text(meta, "unpack the archive again").split() if suffix else read_pickle(meta).get(kind["names"])
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise DataError(f"{meta}: no class names in it; get it again")
+    parts = [read_cifar_batch(path, kind, classes) for path in found]
     images, labels = (np.concatenate(part) for part in zip(*parts))
-    if labels.max() >= len(classes):
-        raise DataError(f"{found[0].parent}: label {labels.max()} but only {len(classes)} class names; get it again")
     classes = [name.replace("_", " ") for name in classes]
     texts = [[template.format(name) for template in TEMPLATES] for name in classes]
     if size != 32:
@@ -237,8 +235,8 @@ def fetch(url, md5, folder):
     """Downloads an archive over https (going on where an earlier try stopped), checks its md5, unpacks it in folder."""
     archive = folder / url.rsplit("/", 1)[1]
     part = archive.with_suffix(".part")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
             have = part.stat().st_size if part.exists() else 0
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -250,9 +248,13 @@ def fetch(url, md5, folder):
                     while block := reply.read(1 << 20):
                         f.write(block)
                         bar.update(len(block))
+            if part.stat().st_size < total:  # http.client's read(n) returns b"" then, without an error
+                raise OSError("the connection ended early")
             os.replace(part, archive)
-    except OSError as e:
-        raise DataError(f"{url}: download failed ({e}); run the same command again to go on from where it stopped") from None
+    except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "code", 0) != 416:
+            raise DataError(f"{url}: download failed ({e}); run the same command again to go on from where it stopped") from None
+        os.replace(part, archive)  # nothing follows what we have: it is all there
     if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
         raise DataError(f"{archive}: wrong md5, not {md5}; delete it and run again with --download")
     if not hasattr(tarfile, "data_filter"):
@@ -268,12 +270,17 @@ def fetch(url, md5, folder):
 # coco, captions: images in files
 
 
-def read_image(path, size):
-    """Image file -> (3, size, size) uint8: centre crop to a square, any colour mode made RGB."""
+def pillow(path):
     try:
         from PIL import Image, ImageOps
     except ImportError:
         raise DataError(f"{path}: reading image files needs Pillow; run: pip install pillow") from None
+    return Image, ImageOps
+
+
+def read_image(path, size):
+    """Image file -> (3, size, size) uint8: centre crop to a square, any colour mode made RGB."""
+    Image, ImageOps = pillow(path)
     try:
         with Image.open(path) as image:
             image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
@@ -302,14 +309,10 @@ def cached_images(paths, size, name):
         info = json.loads(info_file.read_text())
         if info["fingerprint"] == fingerprint:
             return np.load(array_file, mmap_mode="r")[:len(info["kept"])], info["kept"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError):
         pass  # not there, or cut off: make it
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), 3, size, size))
-    except OSError as e:
-        raise DataError(f"{folder}: cannot keep the decoded images there ({e}); set COCA_CACHE to a folder that can be written") from None
+    pillow(paths[0])
+    temporary, kept = array_file.with_suffix(f".{os.getpid()}.tmp"), []
 
     def decode(path):
         try:
@@ -317,26 +320,28 @@ def cached_images(paths, size, name):
         except DataError as e:
             return e
 
-    import_error = decode(paths[0]) if paths else None
-    if isinstance(import_error, DataError) and "Pillow" in str(import_error):
-        raise import_error
-    kept = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
-        for i, image in enumerate(tqdm(pool.map(decode, paths), f"decoding {name}", len(paths), leave=False)):
-            if isinstance(image, DataError):
-                note(f"{image}: skipped")
-            else:
-                array[len(kept)] = image
-                kept.append(i)
-    failed = len(paths) - len(kept)
-    del array
-    if failed > 0.01 * len(paths):
-        os.remove(temporary)
-        raise DataError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; replace or remove the files named above")
-    if failed:
-        note(f"{failed} of {len(paths)} images skipped")
-    os.replace(temporary, array_file)
-    info_file.write_text(json.dumps({"fingerprint": fingerprint, "kept": kept}))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), 3, size, size))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
+            for i, image in enumerate(tqdm(pool.map(decode, paths), f"decoding {name}", len(paths), leave=False)):
+                if isinstance(image, DataError):
+                    note(f"{image}: skipped")
+                else:
+                    array[len(kept)] = image
+                    kept.append(i)
+        del array
+        failed = len(paths) - len(kept)
+        if failed > 0.01 * len(paths):
+            raise DataError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; replace or remove the files named above")
+        if failed:
+            note(f"{failed} of {len(paths)} images skipped")
+        os.replace(temporary, array_file)
+        info_file.write_text(json.dumps({"fingerprint": fingerprint, "kept": kept}))
+    except OSError as e:
+        raise DataError(f"{folder}: cannot keep the decoded images there ({e}); set COCA_CACHE to a folder that can be written") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return np.load(array_file, mmap_mode="r")[:len(kept)], kept
 
 
@@ -388,7 +393,7 @@ def coco(data_dir, split, size, subset):
         paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
         for annotation in content["annotations"]:
             texts.setdefault(paths[annotation["image_id"]], []).append(str(annotation["caption"]))
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); unpack it again") from None
     return captioned_images(texts, size, subset, f"coco-{split}", annotations)
 
@@ -396,19 +401,22 @@ def coco(data_dir, split, size, subset):
 def captions(data_dir, split, size, subset):
     tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
     table = next((path for path in tables if path.exists()), tables[0])
-    rows = csv.DictReader(io.StringIO(read_text(table, "--data-dir must hold captions.txt or a .csv with columns image,caption")))
+    text = read_text(table, "--data-dir must hold captions.txt or a .csv with columns image,caption")
+    rows = csv.DictReader(io.StringIO(text), strict=True)
     if not {"image", "caption"} <= set(rows.fieldnames or ()):
         raise DataError(f"{table}: the first line must name the columns image and caption, it names {rows.fieldnames}")
     folder = next((data_dir / name for name in ("Images", "images") if (data_dir / name).is_dir()), data_dir)
     texts = {}
     try:
         for row in rows:
+            if None in row or "\n" in (row["image"] or ""):
+                raise csv.Error("too many columns, or a name of two lines")
             texts.setdefault(folder / (row["image"] or "").strip(), []).append(row["caption"] or "")
     except csv.Error as e:
         raise DataError(f"{table}: line {rows.line_num} is not CSV ({e}); quote captions that hold commas or quotes") from None
-    # one image in ten, by a hash of its name, is for evaluation: adding images moves none across
-    order = sorted(texts, key=lambda path: hashlib.sha256(path.name.encode()).digest())
-    held = set(order[:max(1, len(order) // 10)])
+    digest = {path: hashlib.sha256(path.name.encode()).digest() for path in texts}
+    # about one image in ten, by a hash of its name, is for evaluation: adding images moves none across
+    held = {path for path in texts if digest[path][0] < 26} or {min(texts, key=digest.get, default=None)}
     texts = {path: texts[path] for path in texts if (path in held) == (split == "val")}
     return captioned_images(texts, size, subset, f"captions-{split}", table)
 
@@ -444,7 +452,7 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
 class Tokenizer:
     """Words and punctuation marks, lower-cased; learned from captions. (The paper: SentencePiece, 64,000.)"""
 
-    pattern = re.compile(r"'?\w+|[^\w\s]")  # "man's" -> man 's
+    pattern = re.compile(r"['’]?\w+|[^\w\s]")  # "man's" -> man 's
 
     def __init__(self, words):
         self.words = list(words)
