@@ -60,7 +60,7 @@ class CoCaConfig:
     decoder_mlp: int = 0  # hidden units of the decoder's FFN, 0 = 4 x width | 3072
     n_query: int = 16  # queries of the generative pooler, 0 = decoder reads all P image tokens | 256
     pooler: str = "cascade"  # contrastive pooler on top of the generative one, or "parallel" | cascade
-    vocab_size: int = 512  # with the four special tokens | 64,000
+    vocab_size: int = 4096  # with the four special tokens | 64,000
     text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated
     lambda_con: float = 1.0  # weight of Eq. (2) in Eq. (4); 0 = an image captioner | 1
     lambda_cap: float = 2.0  # weight of Eq. (3) in Eq. (4); 0 = a dual encoder like CLIP | 2
@@ -90,6 +90,8 @@ CONFIGS = {
     "large": CoCaConfig(width=1024, heads=16, encoder_layers=24, n_uni=12, n_multi=12, **_paper),
     "giant": CoCaConfig(width=1408, heads=16, encoder_layers=40, n_uni=18, n_multi=18,
                         encoder_mlp=6144, decoder_mlp=5632, **_paper),  # the only size with two MLP widths
+    "bench-tiny": CoCaConfig(width=192, heads=3, encoder_layers=6, n_uni=3, n_multi=3, n_query=64, vocab_size=1024),
+    "bench-small": CoCaConfig(image_size=64, patch_size=8, width=384, heads=6, encoder_layers=12, n_uni=6, n_multi=6, n_query=64),
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -123,26 +125,29 @@ class Attention(nn.Module):
     def forward(self, x, context=None, causal=False, cache=None, return_weights=False):
         """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D), with return_weights also (B, H, Lq, Lk).
 
-        cache: a dict that keeps keys and values per layer: x then is what follows the earlier calls' x,
-        and the context of the first call is kept (Sec. "generate" below).
+        A learned x comes once, (1, Lq, D), for all of a context's batch. cache: a dict that keeps keys and
+        values: x is then what follows the earlier calls' x, and the context of the first call stays.
         """
-        D = x.shape[-1]
-        W, b = self.qkv.weight, self.qkv.bias
-        heads = lambda t: t.unflatten(-1, (-1, self.heads, D // self.heads)).permute(2, 0, 3, 1, 4)  # noqa: E731
+        def heads(t, parts):  # (B, L, parts * D) -> parts x (B, H, L, d), without copies
+            return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in t.chunk(parts, -1)]
+
         if context is None:
-            q, k, v = heads(self.qkv(x))                                # 3 x (B, H, Lq, d)
+            q, k, v = heads(self.qkv(x), 3)                             # 3 x (B, H, Lq, d)
             if cache is not None:
                 if self in cache:
                     k, v = (torch.cat(pair, 2) for pair in zip(cache[self], (k, v)))
-                cache[self] = k, v                                      # (B, H, Lk, d)
+                cache[self] = k, v                                      # 2 x (B, H, Lk, d)
         else:
-            (q,) = heads(F.linear(x, W[:D], b[:D]))                     # (B, H, Lq, d)
+            D = x.shape[-1]
+            W, b = self.qkv.weight, self.qkv.bias
+            (q,) = heads(F.linear(x, W[:D], b[:D]), 1)                  # (B, H, Lq, d)
             if cache is None or self not in cache:
-                k, v = heads(F.linear(context, W[D:], b[D:]))           # (B, H, Lk, d)
+                k, v = heads(F.linear(context, W[D:], b[D:]), 2)        # 2 x (B, H, Lk, d)
                 if cache is not None:
                     cache[self] = k, v
             else:
                 k, v = cache[self]
+            q = q.expand(len(k), -1, -1, -1)
         Lq, Lk = q.shape[2], k.shape[2]
         causal = causal and Lq > 1  # a single query is the last position: it may look everywhere
         weights = None
@@ -222,10 +227,10 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, tokens, return_weights=False):
         """tokens (B, P, D) -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
-        query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
-        x, weights = self.attention(query, tokens, return_weights=True) if return_weights \
-            else (self.attention(query, tokens), None)                  # (B, Q, D)
-        return (self.norm(x), weights) if return_weights else self.norm(x)
+        if return_weights:
+            x, weights = self.attention(self.query[None], tokens, return_weights=True)
+            return self.norm(x), weights
+        return self.norm(self.attention(self.query[None], tokens))      # (B, Q, D)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,12 +331,12 @@ def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=N
 def captioning_loss(logits, tokens, head=None):
     """Eq. (3): -log P(y_t | y_<t, x), as the mean over the batch's real target tokens.
 
-    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar.
+    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar. The last may be left out.
     head: if given, `logits` are states (B, L, D), and head(states) is taken where there is a target only.
     """
     targets = tokens[:, 1:]
     real = targets != PAD                                               # (B, L - 1) True = counts
-    x, targets = logits[:, :-1][real], targets[real]                    # (T, V) or (T, D), (T,)
+    x, targets = logits[:, :targets.shape[1]][real], targets[real]                    # (T, V) or (T, D), (T,)
 
     def block(x, targets):
         return F.cross_entropy(head(x) if head else x, targets, reduction="sum")
@@ -347,7 +352,7 @@ class CoCaOutput(NamedTuple):
     image_embedding: torch.Tensor  # (B, E) unit norm
     text_embedding: torch.Tensor  # (B, E) unit norm
     logits: torch.Tensor  # (B, L, V); logits[:, t] predicts tokens[:, t + 1]
-    states: torch.Tensor  # (B, L, D); logits = head(states)
+    states: torch.Tensor  # (B, L, D); logits = head(states); without logits (B, L - 1, D)
 
 
 class Losses(NamedTuple):
@@ -428,6 +433,8 @@ class CoCa(nn.Module):
         caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
         states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
         text_embedding = F.normalize(cls, dim=-1)                       # (B, E)
+        if not with_logits:
+            states = states[:, :-1]  # the last position has nothing left to predict
         if with_logits or self.config.lambda_cap:  # a dual encoder in training has no use for the upper half
             states = self.multimodal(states, caption_tokens)            # (B, L, D)
         logits = self.multimodal.head(states) if with_logits else None  # (B, L, V)

@@ -22,6 +22,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Dataset:
 # shapes: generated scenes
 
 COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250), "yellow": (240, 220, 50),
-           "purple": (170, 60, 220), "white": (245, 245, 245)}
+           "purple": (170, 60, 220), "white": (245, 245, 245), "orange": (245, 140, 30), "cyan": (60, 215, 230)}
 SHAPES = {  # inside where the value is below the radius r; x to the right, y downwards, from the centre
     "circle": lambda x, y, r: np.hypot(x, y),
     "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
@@ -69,9 +70,9 @@ SHAPES = {  # inside where the value is below the radius r; x to the right, y do
     "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
     "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
 }
-SIZES = {"small": 0.13, "large": 0.21}  # radius, in image sides
+SIZES = {"small": 0.14, "large": 0.22}  # radius, in image sides
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-HELD_OUT = list(zip(COLOURS, SHAPES))  # never in training: each colour and each shape is missing one partner
+HELD_OUT = list(zip(COLOURS, SHAPES))  # six pairs that never occur in training: each shape lacks one colour
 SPLITS = ("train", "val", "zeroshot")
 
 
@@ -96,7 +97,7 @@ def scene(seed, split, index):
     count = 1 if split == "zeroshot" else rng.integers(1, 3)
     things = []
     for corner in rng.permutation(4)[:count]:
-        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.1
+        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.06
         things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.26 + 0.48 * x, 0.26 + 0.48 * y))
     return things, rng
 
@@ -114,15 +115,8 @@ def draw(things, rng, size):
 
 
 def describe(things):
-    """All true captions of a scene."""
-    if len(things) == 1:
-        return [f"{things[0]} at the {things[0].corner()}", f"at the {things[0].corner()} there is {things[0]}"]
-    texts = []  # things in opposite corners are both beside and above one another
-    for at, first, second in ((3, "left of", "right of"), (4, "above", "below")):
-        a, b = sorted(things, key=lambda thing: thing[at])
-        if b[at] - a[at] > 0.24:  # in another column, or row: centres jitter by 0.1
-            texts += [f"{a} {first} {b}", f"{b} {second} {a}"]
-    return texts
+    """All captions of a scene: its things in any order, each with its place."""
+    return [" and ".join(f"{thing} at the {thing.corner()}" for thing in order) for order in permutations(things)]
 
 
 def shapes(split, size, subset, seed):
@@ -506,6 +500,7 @@ class Batches:
         self.per_epoch = len(data) // batch_size
         unique = {text: i for i, text in enumerate(dict.fromkeys(t for texts in data.captions for t in texts))}
         self.tokens = tokenizer.encode(unique, text_len)                # (texts, L)
+        self.lengths = (self.tokens != PAD).sum(1).numpy()              # (texts,)
         cut = sum(len(tokenizer.pattern.findall(text)) > text_len - 2 for text in unique)
         if cut:
             note(f"{cut} captions cut to {text_len - 2} words")
@@ -520,9 +515,10 @@ class Batches:
             self.order = rng.permutation(len(self.data))
             self.draw = rng.random(self.per_epoch)  # one for a whole batch: with prompts, equal classes get equal texts
         rows = self.order[at * self.batch_size:][:self.batch_size]
-        drawn = [self.choices[i][int(self.draw[at] * len(self.choices[i]))] for i in rows]
-        tokens = self.tokens[drawn]                                     # (B, L)
-        tokens = tokens[:, :int((tokens != PAD).sum(1).max())]          # no longer than the longest caption
+        drawn = np.array([self.choices[i][int(self.draw[at] * len(self.choices[i]))] for i in rows])
+        by_length = np.argsort(self.lengths[drawn], kind="stable")  # parts of a batch then need less padding
+        rows, drawn = rows[by_length], drawn[by_length]
+        tokens = self.tokens[drawn, :self.lengths[drawn[-1]]]           # (B, L), no longer than the longest
         images = torch.from_numpy(self.data.images[rows])               # (B, 3, S, S) uint8
         if self.data.augment:
             flip = ~torch.isin(tokens, self.sides).any(1)  # a mirrored picture would make "left" a lie

@@ -4,21 +4,27 @@
     python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png         caption your own pictures
     python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D   another task, never trained for
     python eval.py runs/shapes/checkpoint.pt --json scores.json          the same for machines
+    python eval.py --bench --config bench-tiny bench-small               speed and memory of this machine
 
 Classification by prompt ensembles (the templates: TEMPLATES and `shapes` in data.py), image-text retrieval
 both ways, greedy captions; the chance level stands beside each score.
 """
 import argparse
+import dataclasses
 import json
 import math
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from coca import CoCa, CoCaConfig
+from coca import BEGIN, CONFIGS, END, PAD, CoCa, CoCaConfig
 from data import CIFAR, DataError, Tokenizer, load, read_image, to_model
 
 # ------------------------------------------------------------------------------------------------
@@ -141,6 +147,88 @@ def report(scores):
 
 
 # ------------------------------------------------------------------------------------------------
+# Benchmark
+
+
+def timed(function, repeats=5):
+    """Median seconds of a call, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def synthetic(config, batch, device):
+    """Random images, and captions of random words with lengths uniform in [L/4, L], sorted as `Batches` sorts them."""
+    generator = torch.Generator().manual_seed(0)
+    L, V = config.text_len, config.vocab_size
+    lengths = torch.randint(L // 4, L + 1, (batch, 1), generator=generator).sort(0).values
+    tokens, at = torch.randint(4, V, (batch, L), generator=generator), torch.arange(L)
+    tokens[:, 0] = BEGIN
+    tokens = torch.where(at == lengths - 1, END, tokens).where(at < lengths, PAD)
+    images = torch.rand(batch, 3, config.image_size, config.image_size, generator=generator) * 2 - 1
+    return images.to(device), tokens[:, :lengths.max()].to(device)
+
+
+def bench_step(config, batch, device):
+    """-> seconds of a training step, and the step itself."""
+    from train import backward, half_precision, make_optimizer  # (train.py imports this file)
+    model = CoCa(config).to(device)
+    optimizer, (images, tokens), autocast = make_optimizer(model), synthetic(config, batch, device), half_precision(device)
+
+    def step():
+        optimizer.zero_grad()
+        backward(model, images, tokens, autocast=autocast)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return timed(step), step, model
+
+
+def bench(name, device):
+    """Speed and memory of training and captioning one configuration on synthetic tensors, and how they grow."""
+    config, batch = CONFIGS[name], {"bench-small": 32}.get(name, 64)
+    kind = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    a, b = torch.randn(2, 4096, 4096, device=device, dtype=kind)
+    product = torch.empty_like(a)
+    peak = 2 * 4096**3 / timed(lambda: torch.mm(a, b, out=product))
+    seconds, step, model = bench_step(config, batch, device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
+        step()
+    kept = {}
+
+    def keep(t):
+        if not isinstance(t, torch.nn.Parameter):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    images, tokens = synthetic(config, batch, device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.losses(images, tokens)
+    with torch.no_grad():
+        model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
+        captioning = timed(lambda: model.generate(images), 2)
+    words = batch * (config.text_len - 1)
+    flops = counter.get_total_flops()
+    print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})\n"
+          f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, {flops / 1e9:,.1f} GFLOP of matrix products, "
+          f"{flops / seconds / peak:.0%} of peak; {sum(kept.values()) / 2**20:,.0f} MiB kept for backward\n"
+          f"  captioning {words / captioning:,.0f} tokens/s, greedy")
+    for what in ("batch", "image_size", "text_len", "vocab_size"):
+        base = batch if what == "batch" else getattr(config, what)
+        sizes = [base // 2, base, base * 2]
+        times = [bench_step(config, n, device)[0] if what == "batch" else
+                 bench_step(dataclasses.replace(config, **{what: n}), batch, device)[0] for n in sizes]
+        exponent = math.log2(times[2] / times[1]) / (2 if what == "image_size" else 1)  # twice the side: four times the tokens
+        print(f"  {what:10} " + ", ".join(f"{n}: {t * 1e3:,.0f} ms" for n, t in zip(sizes, times))
+              + f"; grows with its {'square (image tokens)' if what == 'image_size' else 'size'} to the power {exponent:.2f}")
+
+
+# ------------------------------------------------------------------------------------------------
 # Checkpoints and the command line
 
 
@@ -167,13 +255,21 @@ def load_checkpoint(path, device="cpu"):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python eval.py CHECKPOINT [options]")
-    p.add_argument("checkpoint", help="OUT/checkpoint.pt of train.py")
+    p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py")
     p.add_argument("--data", choices=["shapes", "cifar10", "cifar100", "coco", "captions"], help="default: what it was trained on")
     p.add_argument("--data-dir", help="folder of the data (default: as in training)")
     p.add_argument("--image", nargs="+", metavar="FILE", default=[], help="caption these image files instead")
     p.add_argument("--json", metavar="FILE", help="also write the scores there")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--bench", action="store_true", help="no checkpoint: measure speed and memory on synthetic tensors")
+    p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"], help="sizes to measure (default: bench-tiny)")
     args = p.parse_args(argv)
+    if args.bench:
+        for name in args.config:
+            bench(name, pick_device(args.device))
+        return
+    if not args.checkpoint:
+        p.error("give a checkpoint, or --bench; python train.py makes one")
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
     if args.image:
         images = torch.stack([torch.from_numpy(read_image(Path(f), model.config.image_size).copy()) for f in args.image])

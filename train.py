@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -30,10 +31,14 @@ from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss
 from data import Batches, DataError, Tokenizer, load
 from eval import evaluate, load_checkpoint, pick_device, report
 
-PHOTOS = dict(image_size=64, patch_size=8)  # photographs need more pixels than 32; as many image tokens
-DATA = {"shapes": {}, "cifar10": {}, "cifar100": {}, "coco": PHOTOS, "captions": PHOTOS}  # sizes each changes in "tiny"
-DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=2000, batch_size=64, lr=1e-3,
+DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=3000, batch_size=64, lr=1e-3,
                 lambda_con=1.0, lambda_cap=2.0, pooler="cascade", seed=0)  # what makes a run; the checkpoint keeps it
+SIZES = {  # what each data set changes in "tiny": all but CIFAR need only 16 image tokens or have larger images
+    "shapes": dict(patch_size=8), "cifar10": dict(encoder_layers=6), "cifar100": dict(encoder_layers=6),
+    "coco": dict(image_size=64, patch_size=8), "captions": dict(image_size=64, patch_size=8)}
+RECIPE = {  # and in DEFAULTS
+    "shapes": {}, "cifar10": dict(steps=6250, batch_size=32, lr=7e-4), "cifar100": dict(steps=6250, batch_size=32, lr=7e-4),
+    "coco": {}, "captions": {}}
 
 # ------------------------------------------------------------------------------------------------
 # Command line
@@ -55,7 +60,7 @@ def parse_args(argv):
     def flag(name, text, **how):  # its default is filled in later, so that --resume sees what was really given
         p.add_argument(name, default=argparse.SUPPRESS, help=f"{text} (default: {DEFAULTS[name[2:].replace('-', '_')]})", **how)
 
-    flag("--data", "what to train on", choices=DATA)
+    flag("--data", "what to train on", choices=SIZES)
     flag("--data-dir", "folder of the data")
     flag("--subset", "use that many training images, the same every time, 0 = all", type=number(int, 0))
     flag("--config", "size of the model, Table 1", choices=CONFIGS)
@@ -88,7 +93,7 @@ def parse_args(argv):
 
 
 def make_config(settings, **changes):
-    sizes = DATA[settings["data"]] if settings["config"] == "tiny" else {}
+    sizes = SIZES[settings["data"]] if settings["config"] == "tiny" else {}
     weights = {name: settings[name] for name in ("lambda_con", "lambda_cap", "pooler")}
     return dataclasses.replace(CONFIGS[settings["config"]], **sizes, **weights, **changes)
 
@@ -121,6 +126,13 @@ def make_optimizer(model):
                              betas=(0.9, 0.999), fused=True)
 
 
+def half_precision(device):
+    """Where the GPU has it: matrix products in bfloat16, while LayerNorm, softmax and losses stay in float32."""
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return functools.partial(torch.autocast, "cuda", torch.bfloat16)
+    return contextlib.nullcontext
+
+
 # ------------------------------------------------------------------------------------------------
 # One batch in several parts, on one or many processes: the paper's N is 65,536
 
@@ -147,14 +159,17 @@ def backward(model, images, tokens, accum=1, sizes=None, autocast=contextlib.nul
     core = model.module if isinstance(model, DistributedDataParallel) else model
     sizes = sizes or [len(images)]
     rank = dist.get_rank() if len(sizes) > 1 else 0
-    config, world, parts = core.config, len(sizes), list(zip(images.chunk(accum), tokens.chunk(accum)))
+    config, world, rows = core.config, len(sizes), math.ceil(len(images) / accum)
+    if images.device.type == "cpu":
+        rows = min(rows, 16)  # what fits a core's cache is quicker, and short captions apart from long ones need fewer pads
+    parts = [(x, t[:, :int((t != PAD).sum(1).max())]) for x, t in zip(images.split(rows), tokens.split(rows))]
 
     def run(part):
         with autocast():
             return model(*part, with_logits=False)
 
-    if len(parts) == 1:  # a single part needs no second run: its graph is kept
-        outputs = [run(parts[0])]
+    if accum == 1:  # graphs are kept: nothing runs twice
+        outputs = [run(part) for part in parts]
         own = [out[:2] for out in outputs]
     else:
         with torch.no_grad(), autocast():
@@ -170,22 +185,23 @@ def backward(model, images, tokens, accum=1, sizes=None, autocast=contextlib.nul
     if world > 1:
         dist.all_reduce(targets)
 
-    cap = 0.0
+    total = cap = 0.0  # total: a scalar whose gradient is that of Eq. (4)
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
-        with contextlib.nullcontext() if last or world == 1 else model.no_sync():  # processes talk once a step
-            out = outputs[0] if len(parts) == 1 else run(part)
-            # a scalar whose gradient is that of Eq. (4); DDP takes the mean over processes, hence `world`
-            total = (out.image_embedding * dx[i]).sum() + (out.text_embedding * dy[i]).sum()
+        with contextlib.nullcontext() if last or accum == 1 or world == 1 else model.no_sync():  # processes talk once a step
+            out = outputs[i] if accum == 1 else run(part)
+            share = (out.image_embedding * dx[i]).sum() + (out.text_embedding * dy[i]).sum()
             if config.lambda_cap:
                 with autocast():
                     loss = captioning_loss(out.states, part[1], core.multimodal.head)
-                share = loss * (part[1][:, 1:] != PAD).sum() / targets
-                total, cap = total + config.lambda_cap * share, cap + share.detach()
-            total = total * world
-            if last:
+                loss = loss * (part[1][:, 1:] != PAD).sum() / targets
+                share, cap = share + config.lambda_cap * loss, cap + loss.detach()
+            total = total + world * share  # DDP takes the mean over processes
+            if last:  # (in the part after which DDP adds up)
                 total = total + core.log_temperature * of_temperature
-            total.backward()
+            if accum > 1 or last:
+                total.backward()
+                total = 0.0
     cap = torch.as_tensor(cap, device=con.device)
     if world > 1:
         dist.all_reduce(cap)
@@ -267,7 +283,7 @@ def main(argv=None):
                 flag = "--" + name.replace("_", "-")
                 raise DataError(f"{out}/checkpoint.pt was made with {flag} {settings[name]}; leave {flag} out to go on with it")
     else:
-        out, settings = new_folder(args.out, given.get("data", "shapes")), {**DEFAULTS, **given}
+        out, settings = new_folder(args.out, given.get("data", "shapes")), {**DEFAULTS, **RECIPE[given.get("data", "shapes")], **given}
     s = argparse.Namespace(**settings)
     if s.batch_size < args.accum * world:
         raise DataError(f"--batch-size {s.batch_size} cannot be cut into {args.accum} parts for each of {world} processes; make it larger")
@@ -293,10 +309,7 @@ def main(argv=None):
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = args.grad_checkpoint
-    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-
-    def autocast():  # matrix products in bfloat16; LayerNorm, softmax and losses stay in float32
-        return torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext()
+    autocast = half_precision(device)
 
     def keep(step):
         save(out / "checkpoint.pt", dict(config=dataclasses.asdict(model.config), vocabulary=tokenizer.words, settings=settings,
