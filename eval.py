@@ -18,14 +18,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from coca import BEGIN, CONFIGS, END, PAD, CoCa, CoCaConfig
-from data import CIFAR, DataError, Tokenizer, load, read_image, to_model
+from coca import BEGIN, CONFIGS, END, PAD, CoCa, CoCaConfig, contrastive_loss
+from data import CIFAR, Batches, DataError, Dataset, Tokenizer, load, read_image, to_model
 
 # ------------------------------------------------------------------------------------------------
 # Embeddings
@@ -162,6 +163,25 @@ def timed(function, repeats=5):
     return statistics.median(times[1:])
 
 
+def peak_memory(device):
+    """Most bytes in use so far: allocated on the GPU, or resident in this process (0 where the system does not say)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def bench_contrastive(device, sizes=(1024, 4096, 16384, 65536), E=512):
+    """Time and memory of Eq. (2), forward and backward, up to the paper's batch."""
+    for N in sizes:
+        x, y = (F.normalize(torch.randn(N, E, device=device), dim=-1).requires_grad_() for _ in range(2))
+        seconds = timed(lambda x=x, y=y: contrastive_loss(x, y, 0.07).backward(), 1 if N > 20_000 else 3)
+        print(f"contrastive loss and gradient, {N:6,} pairs of {E}: {seconds:8.2f} s, {peak_memory(device) / 2**30:.2f} GiB in use at most")
+
+
 def synthetic(config, batch, device):
     """Random images, and captions of random words with lengths uniform in [L/4, L], sorted as `Batches` sorts them."""
     generator = torch.Generator().manual_seed(0)
@@ -213,10 +233,15 @@ def bench(name, device):
         model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
         captioning = timed(lambda: model.generate(images), 2)
     words = batch * (config.text_len - 1)
+    pictures = np.zeros((2 * batch, 3, config.image_size, config.image_size), np.uint8)
+    texts = [["a dog runs left of the house"]] * len(pictures)
+    batches = Batches(Dataset(pictures, texts, augment=True), Tokenizer.learn(texts[0], 99), config.text_len, batch)
+    reading = timed(lambda: batches(0))
     flops = counter.get_total_flops()
     print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})\n"
           f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, {flops / 1e9:,.1f} GFLOP of matrix products, "
-          f"{flops / seconds / peak:.0%} of peak; {sum(kept.values()) / 2**20:,.0f} MiB kept for backward\n"
+          f"{flops / seconds / peak:.0%} of peak; {sum(kept.values()) / 2**20:,.0f} MiB kept for backward, "
+          f"{peak_memory(device) / 2**20:,.0f} MiB in use at most; reading a batch {reading / seconds:.1%} of a step\n"
           f"  captioning {words / captioning:,.0f} tokens/s, greedy")
     for what in ("batch", "image_size", "text_len", "vocab_size"):
         base = batch if what == "batch" else getattr(config, what)
@@ -233,10 +258,14 @@ def bench(name, device):
 
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there first."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """"auto" -> cuda, mps or cpu, whichever is there first. DataError if the one asked for cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as e:  # torch has a kind of its own for each device
+        raise DataError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]}); leave it out") from None
+    return name
 
 
 def load_checkpoint(path, device="cpu"):
@@ -253,7 +282,7 @@ def load_checkpoint(path, device="cpu"):
         raise DataError(f"{path}: not a checkpoint of this program ({type(e).__name__}); give another one") from None
 
 
-def main(argv=None):
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python eval.py CHECKPOINT [options]")
     p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py")
     p.add_argument("--data", choices=["shapes", "cifar10", "cifar100", "coco", "captions"], help="default: what it was trained on")
@@ -262,14 +291,20 @@ def main(argv=None):
     p.add_argument("--json", metavar="FILE", help="also write the scores there")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--bench", action="store_true", help="no checkpoint: measure speed and memory on synthetic tensors")
-    p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"], help="sizes to measure (default: bench-tiny)")
+    p.add_argument("--config", nargs="+", choices=[*CONFIGS, "contrastive"], default=["bench-tiny"],
+                   help="sizes to measure, or the contrastive loss alone (default: bench-tiny)")
     args = p.parse_args(argv)
+    if not args.bench and not args.checkpoint:
+        p.error("give a checkpoint (python train.py makes one) or --bench")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.bench:
         for name in args.config:
-            bench(name, pick_device(args.device))
+            bench_contrastive(pick_device(args.device)) if name == "contrastive" else bench(name, pick_device(args.device))
         return
-    if not args.checkpoint:
-        p.error("give a checkpoint, or --bench; python train.py makes one")
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
     if args.image:
         images = torch.stack([torch.from_numpy(read_image(Path(f), model.config.image_size).copy()) for f in args.image])

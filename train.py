@@ -292,6 +292,7 @@ def main(argv=None):
     for turn in range(min(world, 2)):  # the first process decodes images, the others read what it has kept
         if turn == min(rank, 1):
             data = load(s.data, s.data_dir, "train", make_config(settings).image_size, s.subset, s.seed, args.download)
+            load(s.data, s.data_dir, "val", make_config(settings).image_size, seed=s.seed)  # its faults should show now, not at the end
         if world > 1:
             dist.barrier()
     if not args.resume:

@@ -245,6 +245,8 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, 
         train.main([*TOY, "--steps", "2", "--out", "runs/shapes"])
     with pytest.raises(DataError, match="was made with --lr 0.001; leave --lr out"):
         train.main(["--lr", "0.5", "--resume", "--out", "runs/shapes"])
+    with pytest.raises(DataError, match="--device abacus: cannot be used here"):
+        train.main([*TOY[:4], "--device", "abacus"])
     with pytest.raises(DataError, match="--batch-size 8 cannot be cut into 9 parts"):
         train.main([*TOY, "--accum", "9"])
     (tmp_path / "file").write_text("")
@@ -313,6 +315,18 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
 def test_real_data_trains(data, folder, tmp_path, no_evaluation):
     train.main(["--data", data, "--data-dir", str(ROOT.parent / "shared/data" / folder), *TOY, "--steps", "2", "--out", str(tmp_path)])
     assert len(rows(tmp_path)) == 2
+
+
+def test_every_command_of_the_readme_and_the_docstrings_parses():
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "train.py", "eval.py"))
+    commands = re.findall(r"(?:python|torchrun \S+) (train|eval)\.py([^`\n]*)", text)
+    for program, arguments in commands:
+        if "{out}" not in arguments and "CHECKPOINT" not in arguments and "[options]" not in arguments:
+            parse = train.parse_args if program == "train" else evaluation.parse_args
+            parse(re.split(r"\s{2,}|[;,#\[]", arguments + "  ")[0].split())
+    assert len(commands) > 20
+    with pytest.raises(SystemExit):  # control
+        train.parse_args(["--no-such-flag"])
 
 
 def test_the_vocabulary_travels_with_the_checkpoint(tmp_path, no_evaluation):
