@@ -162,6 +162,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-LayerNorm transformer layer: self-attention, cross-attention if asked for, one two-matrix FFN."""
 
+    recompute = False  # forget activations, and compute them again in backward
+
     def __init__(self, width, heads, mlp, cross=False):
         super().__init__()
         self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
@@ -169,8 +171,6 @@ class Block(nn.Module):
             self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm3 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
-
-    recompute = False  # forget activations and compute them again in backward
 
     def forward(self, x, context=None, causal=False, cache=None):
         if self.recompute and torch.is_grad_enabled():
@@ -209,6 +209,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images):
         x = self.patches(images)                                        # (B, D, h, w)
+        if x[0, 0].numel() != len(self.position):
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels, but the model is made for {len(self.position)} patches")
         x = x.flatten(2).transpose(1, 2) + self.position                # (B, P, D)
         for block in self.blocks:
             x = block(x)
@@ -248,9 +250,15 @@ class UnimodalDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.decoder_mlp) for _ in range(c.n_uni))
         self.norm = nn.LayerNorm(c.width)
 
+    def embed(self, tokens, start=0):
+        end = start + tokens.shape[1]
+        if end > len(self.position):
+            raise ValueError(f"a text of {end} tokens is longer than text_len {len(self.position)}")
+        return self.token(tokens) + self.position[start:end]            # (B, L, D)
+
     def extend(self, tokens, start=0, cache=None):
         """tokens (B, L) at positions start, start + 1, ... -> their states (B, L, D); no [CLS]."""
-        x = self.token(tokens) + self.position[start:start + tokens.shape[1]]
+        x = self.embed(tokens, start)
         for block in self.blocks:
             x = block(x, causal=True, cache=cache)
         return x
@@ -262,7 +270,7 @@ class UnimodalDecoder(nn.Module):
         see every real token and itself, no padding, and no real token sees it: no mask tensor at all.
         """
         B, L = tokens.shape
-        x = self.token(tokens) + self.position[:L]                      # (B, L, D)
+        x = self.embed(tokens)                                          # (B, L, D)
         length = (tokens != PAD).sum(1)                                 # (B,)
         is_cls = torch.arange(L + 1, device=tokens.device) == length[:, None]
         x = torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))  # (B, L + 1, D)

@@ -216,3 +216,11 @@ def test_fused_attention_is_the_default():
             mock.patch.object(coca, "attention", side_effect=AssertionError("written-out attention on the fast path")):
         model.losses(CONTROL.images(), CONTROL.tokens())
     assert fused.call_count == 1 + 2 + 2 + 2 * 2 and not any("attn_mask" in call.kwargs for call in fused.call_args_list)
+
+
+def test_texts_too_long_and_images_of_another_size_are_refused_in_one_line():
+    model = CONTROL.model()
+    with pytest.raises(ValueError, match="a text of 10 tokens is longer than text_len 9"):
+        model.encode_text(torch.ones(1, 10, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"images of \(12, 12\) pixels, but the model is made for 4 patches"):
+        model.encode_image(torch.zeros(1, 3, 12, 12))
