@@ -70,7 +70,7 @@ SHAPES = {  # inside where the value is below the radius r; x to the right, y do
     "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
     "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
 }
-SIZES = {"small": 0.14, "large": 0.22}  # radius, in image sides
+SIZES = {"small": 0.15, "large": 0.22}  # radius, in image sides
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HELD_OUT = list(zip(COLOURS, SHAPES))  # six pairs that never occur in training: each shape lacks one colour
 SPLITS = ("train", "val", "zeroshot")
@@ -97,8 +97,8 @@ def scene(seed, split, index):
     count = 1 if split == "zeroshot" else rng.integers(1, 3)
     things = []
     for corner in rng.permutation(4)[:count]:
-        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.06
-        things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.26 + 0.48 * x, 0.26 + 0.48 * y))
+        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.05
+        things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.25 + 0.5 * x, 0.25 + 0.5 * y))
     return things, rng
 
 
