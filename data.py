@@ -491,12 +491,13 @@ class Batches:
     """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L). Nothing to replay on resume.
 
     Every epoch has its own order and its own caption of each image; the last, short batch is dropped.
+    own: which rows of each batch, where processes share it. Bytes go to the device, and are cropped and scaled there.
     """
 
-    def __init__(self, data, tokenizer, text_len, batch_size, seed=0):
+    def __init__(self, data, tokenizer, text_len, batch_size, seed=0, own=slice(None), device="cpu"):
         if batch_size > len(data):
             raise DataError(f"--batch-size {batch_size} is more than the {len(data)} training images; give a smaller one")
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.seed, self.own, self.device = data, batch_size, seed, own, device
         self.per_epoch = len(data) // batch_size
         unique = {text: i for i, text in enumerate(dict.fromkeys(t for texts in data.captions for t in texts))}
         self.tokens = tokenizer.encode(unique, text_len)                # (texts, L)
@@ -517,23 +518,23 @@ class Batches:
         rows = self.order[at * self.batch_size:][:self.batch_size]
         drawn = np.array([self.choices[i][int(self.draw[at] * len(self.choices[i]))] for i in rows])
         by_length = np.argsort(self.lengths[drawn], kind="stable")  # parts of a batch then need less padding
-        rows, drawn = rows[by_length], drawn[by_length]
+        rows, drawn = rows[by_length][self.own], drawn[by_length][self.own]
         tokens = self.tokens[drawn, :self.lengths[drawn[-1]]]           # (B, L), no longer than the longest
-        images = torch.from_numpy(self.data.images[rows])               # (B, 3, S, S) uint8
+        images = torch.from_numpy(self.data.images[rows]).to(self.device)  # (B, 3, S, S) uint8
         if self.data.augment:
-            flip = ~torch.isin(tokens, self.sides).any(1)  # a mirrored picture would make "left" a lie
-            images = crop_and_flip(images, flip, np.random.default_rng([self.seed, 1, step]))
-        return to_model(images), tokens
+            rng, by = np.random.default_rng([self.seed, 1, step]), images.shape[-1] // 8
+            shift = torch.from_numpy(rng.integers(0, 2 * by + 1, (2, self.batch_size)))[:, self.own]
+            flip = torch.from_numpy(rng.random(self.batch_size) < 0.5)[self.own]
+            flip &= ~torch.isin(tokens, self.sides).any(1)  # a mirrored picture would make "left" a lie
+            images = crop_and_flip(images, by, shift, flip)
+        return to_model(images), tokens.to(self.device)
 
 
-def crop_and_flip(images, may_flip, rng):
-    """Moves each image by up to an eighth of its side and mirrors half of those that may be: a batch at a time."""
+def crop_and_flip(images, by, shift, flip):
+    """Pads images (B, 3, S, S) by `by` pixels, crops each at shift (2, B) rows and columns, mirrors where flip (B,)."""
     B, _, S, _ = images.shape
-    by = S // 8
-    shift = torch.from_numpy(rng.integers(0, 2 * by + 1, (2, B, 1)))
-    flip = torch.from_numpy(rng.random(B) < 0.5) & may_flip
     rows = columns = torch.arange(S).expand(B, S)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    rows, columns = rows + shift[0], columns + shift[1]                 # (B, S) of the padded image
-    padded = F.pad(images, (by, by, by, by), value=128)
-    return padded[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    rows, columns = rows + shift[0, :, None], columns + shift[1, :, None]  # (B, S) of the padded image
+    b, y, x = (i.to(images.device) for i in (torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]))
+    return F.pad(images, (by, by, by, by), value=128)[b, :, y, x].permute(0, 3, 1, 2)  # (B, 3, S, S)

@@ -303,7 +303,7 @@ def main(argv=None):
         model = CoCa(make_config(settings, vocab_size=len(tokenizer))).to(device)
     sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
     own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch: the order is one, whatever the number of processes
-    batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed)
+    batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed, own, device)
     optimizer, start = make_optimizer(model), 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -347,7 +347,7 @@ def main(argv=None):
         lr = learning_rate(step, s.lr, s.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, tokens = (t[own].to(device) for t in batches(step))
+        images, tokens = batches(step)
         optimizer.zero_grad()
         con, cap = backward(runner, images, tokens, args.accum, sizes, autocast)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

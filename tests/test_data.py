@@ -535,12 +535,12 @@ def test_unknown_words_are_unknown_and_names_of_special_tokens_are_not_special()
 # batches
 
 
-def make_batches(count=24, batch_size=4, text="picture {}", seed=0, augment=False, images=None, text_len=8):
+def make_batches(count=24, batch_size=4, text="picture {}", seed=0, augment=False, images=None, text_len=8, own=slice(None)):
     """Images of one grey each, or `images`, with two captions each."""
     images = np.full((count, 3, 16, 16), np.arange(count)[:, None, None, None], np.uint8) if images is None else images
     captions = [[text.format(i), "again " + text.format(i)] for i in range(count)]
     tokenizer = Tokenizer.learn((text for texts in captions for text in texts), 1000)
-    return Batches(Dataset(images, captions, augment=augment), tokenizer, text_len, batch_size, seed)
+    return Batches(Dataset(images, captions, augment=augment), tokenizer, text_len, batch_size, seed, own)
 
 
 def numbers(images):
@@ -590,3 +590,10 @@ def test_long_captions_are_cut_with_a_note_and_a_batch_larger_than_the_data_is_r
     tokens = make_batches(text_len=3)(0)[1]
     assert tokens.shape == (4, 3) and (tokens[:, -1] == END).all() and "48 captions cut to 1 words" in capsys.readouterr().err
     refused("--batch-size 25 .* 24", lambda: make_batches(batch_size=25))
+
+
+def test_processes_get_their_rows_of_one_batch():
+    images, tokens = make_batches(batch_size=9, augment=True)(4)
+    for own in (slice(0, 5), slice(5, 9)):
+        part = make_batches(batch_size=9, augment=True, own=own)(4)
+        assert torch.equal(part[0], images[own]) and torch.equal(part[1], tokens[own, :part[1].shape[1]])
