@@ -66,7 +66,7 @@ SHAPES = {  # inside where the value is below the radius r; x to the right, y do
     "circle": lambda x, y, r: np.hypot(x, y),
     "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
     "triangle": lambda x, y, r: np.maximum(1.2 * y, 1.2 * abs(x) - 0.65 * y + 0.25 * r),
-    "diamond": lambda x, y, r: abs(x) + abs(y),
+    "bar": lambda x, y, r: np.maximum(abs(x), 2.5 * abs(y)),
     "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
     "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
 }
