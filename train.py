@@ -162,7 +162,8 @@ def backward(model, images, tokens, accum=1, sizes=None, autocast=contextlib.nul
     rank = dist.get_rank() if len(sizes) > 1 else 0
     config, world, rows = core.config, len(sizes), math.ceil(len(images) / accum)
     if images.device.type == "cpu":
-        rows = min(rows, 16)  # what fits a core's cache is quicker, and short captions apart from long ones need fewer pads
+        # what fits a core's cache is quicker (1.5 MB an activation), and short captions apart from long ones need fewer pads
+        rows = max(1, min(rows, 400_000 // core.encoder.position.numel()))
     parts = [(x, t[:, :int((t != PAD).sum(1).max())]) for x, t in zip(images.split(rows), tokens.split(rows))]
 
     def run(part):
