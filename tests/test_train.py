@@ -117,7 +117,7 @@ def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
     """20 SIGKILLs at random moments: weights and metrics are those of a run that nobody killed, bit for bit."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo"])
-    run, killed = [*TOY, "--steps", "150", "--save-every", "2"], tmp_path / "killed"
+    run, killed = [*TOY, "--steps", "80", "--save-every", "2"], tmp_path / "killed"
 
     def start(out):
         resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
@@ -144,7 +144,7 @@ def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
     process.join()
     assert process.exitcode == 0 and kills > 2
     same_run(tmp_path / "whole", killed)
-    assert [int(row["step"]) for row in rows(killed)] == list(range(1, 151))
+    assert [int(row["step"]) for row in rows(killed)] == list(range(1, 81))
 
 
 @pytest.mark.parametrize("name", ["loss_con", "loss_cap", "the gradient's norm"])
