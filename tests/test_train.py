@@ -243,7 +243,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, 
     before = (tmp_path / "runs/shapes/checkpoint.pt").read_bytes()
     with pytest.raises(DataError, match="runs/shapes.* holds a run already; add --resume"):
         train.main([*TOY, "--steps", "2", "--out", "runs/shapes"])
-    with pytest.raises(DataError, match="was made with --lr 0.001; leave --lr out"):
+    with pytest.raises(DataError, match="was made with --lr 0.0015; leave --lr out"):
         train.main(["--lr", "0.5", "--resume", "--out", "runs/shapes"])
     with pytest.raises(DataError, match="--device abacus: cannot be used here"):
         train.main([*TOY[:4], "--device", "abacus"])
