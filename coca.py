@@ -10,14 +10,14 @@ Where to find what
     attention, Attention      Sec. 3.2 (causal masking; cross-attention)
     ImageEncoder              Sec. 3.2, Table 1 (ViT)
     AttentionalPooler         Sec. 3.2 "Attentional poolers"; Table 8f: cascade / parallel / n_query
-    UnimodalDecoder           Sec. 3.2 "Decoupled text decoder"; Table 8d: n_uni; Table 8e: one [CLS]
-    MultimodalDecoder         Sec. 3.2 "Decoupled text decoder"
+    UnimodalDecoder           Sec. 3.2 "Decoupled text decoder and CoCa architecture"; Table 8d: n_uni; Table 8e: one [CLS]
+    MultimodalDecoder         the same
     (label cross-entropy)     Eq. (1): a caption made of class names turns it into Eq. (3); Table 8a
     contrastive_loss          Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"
     captioning_loss           Eq. (3), Sec. 3.1 "Encoder-decoder captioning"
     CoCa.losses               Eq. (4), Sec. 3.2; Table 8b (each loss alone), Table 8c (the lambdas)
-    CoCa.encode_*             Sec. 3.3 "Zero-shot transfer" (eval.py); retrieval: Table 3, ImageNet: Table 4
-    CoCa.image_tokens         Sec. 3.3 "Frozen-feature evaluation": what a new pooler is put on
+    CoCa.encode_*             Sec. 3.3 "Zero-shot transfer" (used in eval.py); retrieval: Table 3, ImageNet: Table 4
+    CoCa.encoder              Sec. 3.3 "Frozen-feature evaluation": a new AttentionalPooler goes on its tokens
     CoCa.generate             captioning, Table 7
 
 Dimension letters
@@ -28,7 +28,8 @@ Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (t
 sinusoids); heads of the poolers = heads of the model; LayerNorm after each pooler and before the text
 embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees exactly the real
 tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean over the batch's
-target tokens; no dropout; temperature bounded to [0.01, 1]; text of 64 tokens for the paper's sizes.
+target tokens; no dropout; temperature bounded to [0.01, 1]; text of 64 tokens for the paper's sizes;
+pixels scaled to [-1, 1]; initial values (CoCa.init_parameters).
 """
 import math
 from dataclasses import dataclass

@@ -114,7 +114,7 @@ def new_folder(out, data):
 
 
 def learning_rate(step, peak, steps):
-    """Linear warm-up over the first 2 % of the steps, then linear decay to 0."""
+    """Linear warm-up over the first 2 % of the steps, then linear decay (to 0: where it ends is not stated)."""
     warm_up = max(1, round(0.02 * steps))
     return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
@@ -351,7 +351,7 @@ def main(argv=None):
         images, tokens = batches(step)
         optimizer.zero_grad()
         con, cap = backward(runner, images, tokens, args.accum, sizes, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as in Tables 9 and 10; not stated for pretraining
         temperature = model.temperature.detach()
         values = torch.stack([con, cap, norm, temperature, torch.tensor(float(stop.signal), device=device)])
         if world > 1:
