@@ -269,6 +269,7 @@ class UnimodalDecoder(nn.Module):
 
         [CLS] stands right behind each row's last real token, so the plain causal mask already lets it
         see every real token and itself, no padding, and no real token sees it: no mask tensor at all.
+        (Among the states of a padded row it takes a pad's place, where no loss looks.)
         """
         B, L = tokens.shape
         x = self.embed(tokens)                                          # (B, L, D)
@@ -277,7 +278,8 @@ class UnimodalDecoder(nn.Module):
         x = torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))  # (B, L + 1, D)
         for block in self.blocks:
             x = block(x, causal=True)                                   # (B, L + 1, D)
-        return x[:, :L], self.norm(x[torch.arange(B), length])          # (B, L, D), (B, D)
+        cls = x[torch.arange(B, device=x.device), length]               # (B, D)
+        return x[:, :L], self.norm(cls)                                 # (B, L, D), (B, D)
 
 
 class MultimodalDecoder(nn.Module):
@@ -335,6 +337,11 @@ def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=N
 
     return (in_blocks(direction(text_embedding), N, N, image_embedding, caption_ids)
             + in_blocks(direction(image_embedding), N, N, text_embedding, caption_ids)) / N
+
+
+def number_captions(tokens):
+    """tokens (N, L) -> (N,), equal numbers for identical captions. On the CPU: not every device can."""
+    return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
 
 def captioning_loss(logits, tokens, head=None):
@@ -452,8 +459,7 @@ class CoCa(nn.Module):
     def losses(self, images, tokens):
         """Eq. (4): lambda_con L_con + lambda_cap L_cap from one forward pass -> Losses."""
         c, out = self.config, self(images, tokens, with_logits=False)
-        caption_ids = torch.unique(tokens, dim=0, return_inverse=True)[1]
-        con = contrastive_loss(out.image_embedding, out.text_embedding, self.temperature, caption_ids)
+        con = contrastive_loss(out.image_embedding, out.text_embedding, self.temperature, number_captions(tokens))
         cap = captioning_loss(out.states, tokens, self.multimodal.head) if c.lambda_cap else con.new_zeros(())
         return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
 

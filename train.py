@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss
+from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss, number_captions
 from data import Batches, DataError, Tokenizer, load
 from eval import evaluate, load_checkpoint, pick_device, report
 
@@ -177,7 +177,7 @@ def backward(model, images, tokens, accum=1, sizes=None, autocast=contextlib.nul
         with torch.no_grad(), autocast():
             own = [(core.encode_image(x), core.encode_text(t)) for x, t in parts]
     x, y = (torch.cat(e).detach().to(core.log_temperature.dtype) for e in zip(*own))
-    ids = torch.unique(gather(F.pad(tokens, (0, config.text_len - tokens.shape[1])), sizes), dim=0, return_inverse=True)[1]
+    ids = number_captions(gather(F.pad(tokens, (0, config.text_len - tokens.shape[1])), sizes))
     x_all, y_all = (gather(e, sizes).requires_grad_() for e in (x, y))
     con = contrastive_loss(x_all, y_all, core.temperature, ids)
     *gradients, of_temperature = torch.autograd.grad(config.lambda_con * con, (x_all, y_all, core.log_temperature))
