@@ -152,7 +152,7 @@ def report(scores):
 
 
 def timed(function, repeats=5):
-    """Median seconds of a call, after one to warm up."""
+    """Median seconds of a call, after one to warm up; with repeats 0, of the first."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -160,7 +160,7 @@ def timed(function, repeats=5):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
 
 
 def peak_memory(device):
@@ -178,7 +178,7 @@ def bench_contrastive(device, sizes=(1024, 4096, 16384, 65536), E=512):
     """Time and memory of Eq. (2), forward and backward, up to the paper's batch."""
     for N in sizes:
         x, y = (F.normalize(torch.randn(N, E, device=device), dim=-1).requires_grad_() for _ in range(2))
-        seconds = timed(lambda x=x, y=y: contrastive_loss(x, y, 0.07).backward(), 1 if N > 20_000 else 3)
+        seconds = timed(lambda x=x, y=y: contrastive_loss(x, y, 0.07).backward(), 0 if N > 20_000 else 3)
         print(f"contrastive loss and gradient, {N:6,} pairs of {E}: {seconds:8.2f} s, {peak_memory(device) / 2**30:.2f} GiB in use at most")
 
 
