@@ -149,6 +149,9 @@ CIFAR = {
 }
 
 
+NAMES = ["shapes", *CIFAR, "coco", "captions"]  # what load() knows
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays and plain containers, and nothing that could run code."""
 

@@ -26,18 +26,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from coca import BEGIN, CONFIGS, END, PAD, CoCa, CoCaConfig, contrastive_loss
-from data import CIFAR, Batches, DataError, Dataset, Tokenizer, load, read_image, to_model
+from data import CIFAR, NAMES, Batches, DataError, Dataset, Tokenizer, load, read_image, to_model
 
 # ------------------------------------------------------------------------------------------------
 # Embeddings
 
 
-def embed_images(model, images, batch=256):
+def in_batches(model, images, what, batch=256):
+    """Batches of images (N, 3, S, S) uint8 as the model takes them, with progress."""
+    for i in tqdm(range(0, len(images), batch), what, leave=False):
+        yield to_model(torch.tensor(images[i:i + batch]).to(model.log_temperature.device))
+
+
+def embed_images(model, images):
     """images (N, 3, S, S) uint8 array -> (N, E) unit norm."""
-    device = model.log_temperature.device
-    parts = [model.encode_image(to_model(torch.tensor(images[i:i + batch]).to(device)))
-             for i in tqdm(range(0, len(images), batch), "embedding images", leave=False)]
-    return torch.cat(parts)
+    return torch.cat([model.encode_image(x) for x in in_batches(model, images, "embedding images")])
 
 
 def embed_texts(model, tokenizer, texts, batch=1024):
@@ -97,14 +100,9 @@ def retrieval(image_embedding, model, tokenizer, captions):
     return {"image to text": recall(scores, of_image), "text to image": recall(scores.T, of_text)}
 
 
-def caption(model, tokenizer, images, batch=256, **how):
+def caption(model, tokenizer, images, **how):
     """images (N, 3, S, S) uint8 -> N captions, greedy unless `how` (see CoCa.generate) says otherwise."""
-    device = model.log_temperature.device
-    texts = []
-    for i in tqdm(range(0, len(images), batch), "captioning", leave=False):
-        tokens = model.generate(to_model(torch.tensor(images[i:i + batch]).to(device)), **how)
-        texts += [tokenizer.decode(row) for row in tokens.tolist()]
-    return texts
+    return [tokenizer.decode(row) for x in in_batches(model, images, "captioning") for row in model.generate(x, **how).tolist()]
 
 
 @torch.no_grad()
@@ -195,7 +193,7 @@ def synthetic(config, batch, device):
 
 
 def bench_step(config, batch, device):
-    """-> seconds of a training step, and the step itself."""
+    """-> seconds of a training step, the step itself, and its model."""
     from train import backward, half_precision, make_optimizer  # (train.py imports this file)
     model = CoCa(config).to(device)
     optimizer, (images, tokens), autocast = make_optimizer(model), synthetic(config, batch, device), half_precision(device)
@@ -246,8 +244,8 @@ def bench(name, device):
     for what in ("batch", "image_size", "text_len", "vocab_size"):
         base = batch if what == "batch" else getattr(config, what)
         sizes = [base // 2, base, base * 2]
-        times = [bench_step(config, n, device)[0] if what == "batch" else
-                 bench_step(dataclasses.replace(config, **{what: n}), batch, device)[0] for n in sizes]
+        variants = [(config, n) if what == "batch" else (dataclasses.replace(config, **{what: n}), batch) for n in sizes]
+        times = [bench_step(*variant, device)[0] for variant in variants]
         exponent = math.log2(times[2] / times[1]) / (2 if what == "image_size" else 1)  # twice the side: four times the tokens
         print(f"  {what:10} " + ", ".join(f"{n}: {t * 1e3:,.0f} ms" for n, t in zip(sizes, times))
               + f"; grows with its {'square (image tokens)' if what == 'image_size' else 'size'} to the power {exponent:.2f}")
@@ -285,7 +283,7 @@ def load_checkpoint(path, device="cpu"):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python eval.py CHECKPOINT [options]")
     p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py")
-    p.add_argument("--data", choices=["shapes", "cifar10", "cifar100", "coco", "captions"], help="default: what it was trained on")
+    p.add_argument("--data", choices=NAMES, help="default: what it was trained on")
     p.add_argument("--data-dir", help="folder of the data (default: as in training)")
     p.add_argument("--image", nargs="+", metavar="FILE", default=[], help="caption these image files instead")
     p.add_argument("--json", metavar="FILE", help="also write the scores there")

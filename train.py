@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss, number_captions
-from data import Batches, DataError, Tokenizer, load
+from data import NAMES, Batches, DataError, Tokenizer, load
 from eval import evaluate, load_checkpoint, pick_device, report
 
 DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=1600, batch_size=128, lr=1.5e-3,
@@ -61,7 +61,7 @@ def parse_args(argv):
         default = f"{DEFAULTS[key]}; cifar: {CIFAR_RECIPE[key]}" if key in CIFAR_RECIPE else DEFAULTS[key]
         p.add_argument(name, default=argparse.SUPPRESS, help=f"{text} (default: {default})", **how)
 
-    flag("--data", "what to train on", choices=SIZES)
+    flag("--data", "what to train on", choices=NAMES)
     flag("--data-dir", "folder of the data")
     flag("--subset", "use that many training images, the same every time, 0 = all", type=number(int, 0))
     flag("--config", "size of the model, Table 1", choices=CONFIGS)
@@ -93,10 +93,10 @@ def parse_args(argv):
     return args, given
 
 
-def make_config(settings, **changes):
+def make_config(settings):
     sizes = SIZES[settings["data"]] if settings["config"] == "tiny" else {}
     weights = {name: settings[name] for name in ("lambda_con", "lambda_cap", "pooler")}
-    return dataclasses.replace(CONFIGS[settings["config"]], **sizes, **weights, **changes)
+    return dataclasses.replace(CONFIGS[settings["config"]], **sizes, **weights)
 
 
 def new_folder(out, data):
@@ -250,12 +250,15 @@ def open_metrics(path, step):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the step in hand finish; a second one ends at once."""
+    """Ctrl-C and SIGTERM let the step in hand finish; a second one, or one after the last step, ends at once."""
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         self.signal = number
@@ -275,11 +278,11 @@ def main(argv=None):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *a: None
-    checkpoint = None
+    checkpoint, start = None, 0
     if args.resume:
         out = Path(args.out)
         model, tokenizer, checkpoint = load_checkpoint(out / "checkpoint.pt", device)
-        settings = checkpoint["settings"]
+        settings, config, start = checkpoint["settings"], model.config, checkpoint["step"]
         for name, value in given.items():
             if value != settings[name]:
                 flag = "--" + name.replace("_", "-")
@@ -287,6 +290,7 @@ def main(argv=None):
     else:
         name = given.get("data", DEFAULTS["data"])
         out, settings = new_folder(args.out, name), {**DEFAULTS, **RECIPE.get(name, {}), **given}
+        config = make_config(settings)
     s = argparse.Namespace(**settings)
     if s.batch_size < args.accum * world:
         raise DataError(f"--batch-size {s.batch_size} cannot be cut into {args.accum} parts for each of {world} processes; make it larger")
@@ -294,22 +298,21 @@ def main(argv=None):
     torch.manual_seed(s.seed)
     for turn in range(min(world, 2)):  # the first process decodes images, the others read what it has kept
         if turn == min(rank, 1):
-            data = load(s.data, s.data_dir, "train", make_config(settings).image_size, s.subset, s.seed, args.download)
-            load(s.data, s.data_dir, "val", make_config(settings).image_size, seed=s.seed)  # its faults should show now, not at the end
+            data = load(s.data, s.data_dir, "train", config.image_size, s.subset, s.seed, args.download and rank == 0)
+            if rank == 0:
+                load(s.data, s.data_dir, "val", config.image_size, seed=s.seed)  # its faults should show now, not at the end
         if world > 1:
             dist.barrier()
-    if not args.resume:
-        texts = (text for mine in data.captions for text in mine)
-        tokenizer = Tokenizer.learn(texts, make_config(settings).vocab_size)
-        model = CoCa(make_config(settings, vocab_size=len(tokenizer))).to(device)
+    if not checkpoint:
+        tokenizer = Tokenizer.learn((text for mine in data.captions for text in mine), config.vocab_size)
+        model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer))).to(device)
     sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
     own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch: the order is one, whatever the number of processes
     batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed, own, device)
-    optimizer, start = make_optimizer(model), 0
+    optimizer = make_optimizer(model)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random"].cpu())
-        start = checkpoint["step"]
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = args.grad_checkpoint
@@ -342,7 +345,7 @@ def main(argv=None):
     runner = model
     if world > 1:
         runner = DistributedDataParallel(model, find_unused_parameters=not s.lambda_cap)
-    stop, began, step = Stop(), time.time(), start
+    stop, began = Stop(), time.time()
     bar = tqdm(range(start, s.steps), "training", s.steps, initial=start, disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, s.lr, s.steps)
@@ -375,6 +378,7 @@ def main(argv=None):
             say(f"stopped by {signal.Signals(int(signalled)).name} after step {step + 1}, saved; "
                 f"go on with: python train.py --out {out} --resume")
             sys.exit(128 + int(signalled))
+    stop.release()
     seconds = before + time.time() - began
     if rank == 0:
         metrics.close()

@@ -269,8 +269,9 @@ def test_errors_of_the_programs_are_one_line_without_traceback(command, tmp_path
 
 
 def test_train_then_eval_end_to_end(tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
+    out, handlers = tmp_path / "run", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train.main([*TOY, "--steps", "2", "--out", str(out)])
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]  # Ctrl-C works again
     printed = capsys.readouterr().out
     for part in ("zero-shot top-1", "chance", "image to text R@1 ", "text to image R@10", "generated:", "true:", "saved:", "next:",
                  "losses to expect at step 0", "2 ln 8 = 4.16", "2 steps, 16 images seen"):
