@@ -114,6 +114,34 @@ def attention(q, k, v, causal=False):
     return weights @ v, weights
 
 
+def again(function, *inputs):
+    """function(*inputs), but what it keeps for backward is forgotten and computed again there, up to what is needed."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Cache:
+    """Keys and values that generation need not compute again, of at most `room` positions, by Attention module."""
+
+    def __init__(self, room):
+        self.room, self.start, self.kept = room, 0, {}  # start: how many positions are done
+        # kept: (B, 2, H, room, d) for self-attention, (B, 2, H, Lk, d) for cross-attention
+
+    def extend(self, module, k, v):
+        """k and v (B, H, L, d) of positions start, start + 1, ... -> those of all positions so far."""
+        B, H, L, d = k.shape
+        if module not in self.kept:
+            self.kept[module] = k.new_empty(B, 2, H, self.room, d)
+        all_kv = self.kept[module][:, :, :, :self.start + L]
+        all_kv[:, 0, :, self.start:], all_kv[:, 1, :, self.start:] = k, v
+        return all_kv.unbind(1)
+
+    def select(self, rows):
+        """Keeps these rows of the batch only."""
+        self.kept = {module: kv[rows] for module, kv in self.kept.items()}
+
+
 class Attention(nn.Module):
     """Multi-head attention (Sec. 3.2), of x to itself or, with a context, of x to the context."""
 
@@ -126,8 +154,8 @@ class Attention(nn.Module):
     def forward(self, x, context=None, causal=False, cache=None, return_weights=False):
         """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D), with return_weights also (B, H, Lq, Lk).
 
-        A learned x comes once, (1, Lq, D), for all of a context's batch. cache: a dict that keeps keys and
-        values: x is then what follows the earlier calls' x, and the context of the first call stays.
+        A learned x comes once, (1, Lq, D), for all of a context's batch. cache: a Cache; x is then what
+        follows the earlier calls' x, and the context of the first call stays.
         """
         def heads(t, parts):  # (B, L, parts * D) -> parts x (B, H, L, d), without copies
             return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in t.chunk(parts, -1)]
@@ -135,19 +163,17 @@ class Attention(nn.Module):
         if context is None:
             q, k, v = heads(self.qkv(x), 3)                             # 3 x (B, H, Lq, d)
             if cache is not None:
-                if self in cache:
-                    k, v = (torch.cat(pair, 2) for pair in zip(cache[self], (k, v)))
-                cache[self] = k, v                                      # 2 x (B, H, Lk, d)
+                k, v = cache.extend(self, k, v)                         # 2 x (B, H, Lk, d)
         else:
             D = x.shape[-1]
             W, b = self.qkv.weight, self.qkv.bias
             (q,) = heads(F.linear(x, W[:D], b[:D]), 1)                  # (B, H, Lq, d)
-            if cache is None or self not in cache:
+            if cache is None or self not in cache.kept:
                 k, v = heads(F.linear(context, W[D:], b[D:]), 2)        # 2 x (B, H, Lk, d)
                 if cache is not None:
-                    cache[self] = k, v
+                    cache.kept[self] = torch.stack([k, v], 1)
             else:
-                k, v = cache[self]
+                k, v = cache.kept[self].unbind(1)
             q = q.expand(len(k), -1, -1, -1)
         Lq, Lk = q.shape[2], k.shape[2]
         causal = causal and Lq > 1  # a single query is the last position: it may look everywhere
@@ -174,15 +200,17 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
 
     def forward(self, x, context=None, causal=False, cache=None):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, x, context, causal, use_reentrant=False)
+        if self.recompute:
+            return again(self.run, x, context, causal, cache)
         return self.run(x, context, causal, cache)
 
     def run(self, x, context=None, causal=False, cache=None):
         x = x + self.self_attention(self.norm1(x), causal=causal, cache=cache)
         if context is not None:
             x = x + self.cross_attention(self.norm2(x), context, cache=cache)
-        return x + self.mlp(self.norm3(x))
+        hidden = self.mlp[0](self.norm3(x))                             # (B, L, mlp)
+        # GELU is cheap to repeat, and not keeping its outputs saves a quarter of a layer's memory
+        return x + again(lambda hidden: self.mlp[2](self.mlp[1](hidden)), hidden)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,9 +285,9 @@ class UnimodalDecoder(nn.Module):
             raise ValueError(f"a text of {end} tokens is longer than text_len {len(self.position)}")
         return self.token(tokens) + self.position[start:end]            # (B, L, D)
 
-    def extend(self, tokens, start=0, cache=None):
-        """tokens (B, L) at positions start, start + 1, ... -> their states (B, L, D); no [CLS]."""
-        x = self.embed(tokens, start)
+    def extend(self, tokens, cache):
+        """tokens (B, L) that follow those in the cache -> their states (B, L, D); no [CLS]."""
+        x = self.embed(tokens, cache.start)
         for block in self.blocks:
             x = block(x, causal=True, cache=cache)
         return x
@@ -311,7 +339,7 @@ def in_blocks(function, rows, width, *inputs):
     size = max(1, BLOCK // width)
     if rows <= size:
         return function(*inputs)
-    return sum(checkpoint(function, *(t[i:i + size] for t in inputs), use_reentrant=False) for i in range(0, rows, size))
+    return sum(again(function, *(t[i:i + size] for t in inputs)) for i in range(0, rows, size))
 
 
 def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=None):
@@ -476,18 +504,23 @@ class CoCa(nn.Module):
             if not fits:
                 raise ValueError(f"{name} cannot be {value}")
         caption_tokens, _ = self.pool_image(images)                     # (B, Q, D)
-        tokens = torch.full((len(images), 1), BEGIN, device=images.device)
-        done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        cache = {}  # keys and values of all earlier positions and, once, of the image
-        while tokens.shape[1] < max_len and not done.all():
-            states = self.unimodal.extend(tokens[:, -1:], tokens.shape[1] - 1, cache)
+        tokens = torch.full((len(images), max_len), PAD, device=images.device)
+        tokens[:, 0] = BEGIN
+        rows, cache, t = torch.arange(len(images), device=images.device), Cache(max_len), 0  # rows: captions still written
+        for t in range(1, max_len):
+            states = self.unimodal.extend(tokens[rows, t - 1:t], cache)
             states = self.multimodal(states, caption_tokens, cache)     # (B, 1, D)
             logits = self.multimodal.head(states[:, -1])                # (B, V)
-            following = choose(logits, temperature, top_k, top_p, generator)
-            following[done] = PAD
-            tokens = torch.cat([tokens, following[:, None]], 1)
-            done |= (following == END) | (following == PAD)
-        return tokens
+            done = (tokens[rows, t - 1] == END) | (tokens[rows, t - 1] == PAD)
+            tokens[rows, t] = choose(logits, temperature, top_k, top_p, generator).masked_fill(done, PAD)
+            cache.start = t
+            going = (tokens[rows, t] != END) & (tokens[rows, t] != PAD)
+            if not going.any():
+                break
+            if going.sum() <= 0.75 * len(rows):  # finished captions stop costing, once there are enough to pay for the copy
+                rows, caption_tokens = rows[going], caption_tokens[going]
+                cache.select(going)
+        return tokens[:, :t + 1]
 
 
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from coca import BEGIN, CONFIGS, END, PAD, CoCa, CoCaConfig, contrastive_loss
+from coca import BEGIN, CONFIGS, END, PAD, Block, CoCa, CoCaConfig, contrastive_loss
 from data import CIFAR, NAMES, Batches, DataError, Dataset, Tokenizer, load, read_image, to_model
 
 # ------------------------------------------------------------------------------------------------
@@ -207,6 +207,25 @@ def bench_step(config, batch, device):
     return timed(step), step, model
 
 
+def bytes_kept(model, batch):
+    """Bytes that a training step keeps for its backward pass, weights apart; the same with --grad-checkpoint."""
+    from train import backward
+    weights = {p.data_ptr() for p in model.parameters()}
+    for recompute in (False, True):
+        kept = {}
+
+        def keep(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            backward(model, *batch)
+        yield sum(size for address, size in kept.items() if address not in weights)
+
+
 def bench(name, device):
     """Speed and memory of training and captioning one configuration on synthetic tensors, and how they grow."""
     config, batch = CONFIGS[name], {"bench-small": 32}.get(name, 64)
@@ -217,16 +236,8 @@ def bench(name, device):
     seconds, step, model = bench_step(config, batch, device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
         step()
-    kept = {}
-
-    def keep(t):
-        if not isinstance(t, torch.nn.Parameter):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
     images, tokens = synthetic(config, batch, device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.losses(images, tokens)
+    kept, kept_less = bytes_kept(model, (images, tokens))
     with torch.no_grad():
         model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
         captioning = timed(lambda: model.generate(images), 2)
@@ -238,7 +249,8 @@ def bench(name, device):
     flops = counter.get_total_flops()
     print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})\n"
           f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, {flops / 1e9:,.1f} GFLOP of matrix products, "
-          f"{flops / seconds / peak:.0%} of peak; {sum(kept.values()) / 2**20:,.0f} MiB kept for backward, "
+          f"{flops / seconds / peak:.0%} of peak; {kept / 2**20:,.0f} MiB kept for backward, "
+          f"{kept_less / 2**20:,.0f} with --grad-checkpoint, "
           f"{peak_memory(device) / 2**20:,.0f} MiB in use at most; reading a batch {reading / seconds:.1%} of a step\n"
           f"  captioning {words / captioning:,.0f} tokens/s, greedy")
     for what in ("batch", "image_size", "text_len", "vocab_size"):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coca
-from coca import CONFIGS, Attention, AttentionalPooler, CoCa, CoCaConfig, attention
+from coca import CONFIGS, Attention, AttentionalPooler, Cache, CoCa, CoCaConfig, attention
 
 fails = pytest.raises(AssertionError)
 seeds, sides = st.integers(0, 10_000), st.integers(1, 7)
@@ -52,11 +52,11 @@ def check_cache(case, cut, broken=False):
     """States of the second part, given the cache of the first, are those of a run over the whole."""
     model, images, tokens = case.model(), case.images(), case.tokens()
     caption_tokens = model.pool_image(images)[0]
-    whole = model.multimodal(model.unimodal.extend(tokens), caption_tokens)
-    cache, parts = {}, []
+    whole = model.multimodal(model.unimodal.extend(tokens, Cache(tokens.shape[1])), caption_tokens)
+    cache, parts = Cache(tokens.shape[1]), []
     for start, part in ((0, tokens[:, :cut]), (cut, tokens[:, cut:])):
-        states = model.unimodal.extend(part, start, {} if broken else cache)
-        parts.append(model.multimodal(states, caption_tokens, cache))
+        cache.start = 0 if broken else start
+        parts.append(model.multimodal(model.unimodal.extend(part, cache), caption_tokens, cache))
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 

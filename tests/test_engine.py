@@ -74,6 +74,8 @@ def test_recomputed_activations_give_the_same_gradient(case):
         model.losses(case.images(torch.float64), case.tokens()).total.backward()
     assert run.call_count == 2 * 5  # every block twice
     torch.testing.assert_close(gradients(model), plain(case)[0])
+    images = case.images(torch.float64)
+    assert torch.equal(model.generate(images), case.model(torch.float64).generate(images))
 
 
 @given(st.integers(0, 10_000), st.integers(2, 9), st.integers(1, 4))
