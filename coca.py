@@ -17,7 +17,8 @@ Where to find what
     captioning_loss           Eq. (3), Sec. 3.1 "Encoder-decoder captioning"
     CoCa.losses               Eq. (4), Sec. 3.2; Table 8b (each loss alone), Table 8c (the lambdas)
     CoCa.encode_*             Sec. 3.3 "Zero-shot transfer" (used in eval.py); retrieval: Table 3, ImageNet: Table 4
-    CoCa.encoder              Sec. 3.3 "Frozen-feature evaluation": a new AttentionalPooler goes on its tokens
+    Head                      Sec. 3.3 "Frozen-feature evaluation", "CoCa for Video Action Recognition"; Sec. 4.2
+    CoCa.decode               Sec. 4.2, Table 10 (what the head reads in multimodal understanding)
     CoCa.generate             captioning, Table 7
 
 Dimension letters
@@ -99,17 +100,20 @@ CONFIGS = {
 # Attention
 
 
-def attention(q, k, v, causal=False):
+def attention(q, k, v, causal=False, valid=None):
     """softmax(q k^T / sqrt(d)) v, written out: the definition. torch's fused kernel computes the same.
 
     q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d) and the weights (B, H, Lq, Lk).
     causal: the queries are the last Lq of Lk positions, and none may look at a later one.
+    valid (B, Lk): True = may be attended to.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])           # (B, H, Lq, Lk)
     if causal:
         Lq, Lk = scores.shape[-2:]
         allowed = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # True = may attend
         scores = scores.masked_fill(~allowed, -math.inf)  # -inf, not a big number: weights are exactly 0
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], -math.inf)
     weights = scores.softmax(-1)
     return weights @ v, weights
 
@@ -151,11 +155,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)  # rows: q, k, v; one product when all three read x
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, context=None, causal=False, cache=None, return_weights=False):
+    def forward(self, x, context=None, causal=False, cache=None, return_weights=False, valid=None):
         """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D), with return_weights also (B, H, Lq, Lk).
 
         A learned x comes once, (1, Lq, D), for all of a context's batch. cache: a Cache; x is then what
-        follows the earlier calls' x, and the context of the first call stays.
+        follows the earlier calls' x, and the context of the first call stays. valid (B, Lk): True = may be attended to.
         """
         def heads(t, parts):  # (B, L, parts * D) -> parts x (B, H, L, d), without copies
             return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in t.chunk(parts, -1)]
@@ -179,9 +183,10 @@ class Attention(nn.Module):
         causal = causal and Lq > 1  # a single query is the last position: it may look everywhere
         weights = None
         if return_weights or causal and Lq < Lk:  # the fused kernel counts positions from the first key
-            x, weights = attention(q, k, v, causal)
+            x, weights = attention(q, k, v, causal, valid)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            mask = None if valid is None else valid[:, None, None]      # (B, 1, 1, Lk)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         x = self.out(x.transpose(1, 2).flatten(2))                      # (B, Lq, D)
         return (x, weights) if return_weights else x
 
@@ -256,12 +261,31 @@ class AttentionalPooler(nn.Module):
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.query)  # far apart, to ask for different things from the start
 
-    def forward(self, tokens, return_weights=False):
-        """tokens (B, P, D) -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
+    def forward(self, tokens, return_weights=False, valid=None):
+        """tokens (B, P, D), valid (B, P) True = not a pad -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
         if return_weights:
-            x, weights = self.attention(self.query[None], tokens, return_weights=True)
+            x, weights = self.attention(self.query[None], tokens, return_weights=True, valid=valid)
             return self.norm(x), weights
-        return self.norm(self.attention(self.query[None], tokens))      # (B, Q, D)
+        return self.norm(self.attention(self.query[None], tokens, valid=valid))  # (B, Q, D)
+
+
+class Head(nn.Module):
+    """What a task learns (Sec. 3.3, 4.2): a *new* one-query pooler and a linear classifier. pooled=False: a linear
+    probe, on the mean token. frames: learn a temporal embedding, which the paper's late fusion does without."""
+
+    def __init__(self, width, heads, classes, pooled=True, frames=0):
+        super().__init__()
+        self.pooler = AttentionalPooler(width, heads, 1) if pooled else None
+        self.time = nn.Parameter(torch.randn(frames, 1, width)) if frames else None
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, tokens, valid=None):
+        """tokens (B, P, D), or of clips (B, frames, P, D); valid (B, P) True = not a pad -> logits (B, classes)."""
+        if self.time is not None:
+            tokens = tokens + self.time
+        tokens = tokens.flatten(1, -2)                                  # (B, frames * P, D): one query reads all
+        pooled = tokens.mean(1) if self.pooler is None else self.pooler(tokens, valid=valid)[:, 0]
+        return self.classifier(pooled)                                  # (B, classes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,6 +495,10 @@ class CoCa(nn.Module):
     def encode_text(self, tokens):
         """tokens (B, L) -> text embedding (B, E), unit norm: y of Eq. (2)."""
         return F.normalize(self.unimodal(tokens)[1], dim=-1)
+
+    def decode(self, images, tokens):
+        """images (B, 3, H, W), tokens (B, L) -> states of the whole decoder (B, L, D): each token, seen with the image."""
+        return self.multimodal(self.unimodal(tokens)[0], self.pool_image(images)[0])
 
     def forward(self, images, tokens, with_logits=True):
         """images (B, 3, H, W), tokens (B, L) -> CoCaOutput; without logits for training, which needs few of them."""

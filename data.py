@@ -73,7 +73,8 @@ SHAPES = {  # inside where the value is below the radius r; x to the right, y do
 SIZES = {"small": 0.15, "large": 0.22}  # radius, in image sides
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HELD_OUT = list(zip(COLOURS, SHAPES))  # six pairs that never occur in training: each shape lacks one colour
-SPLITS = ("train", "val", "zeroshot")
+SPLITS = ("train", "val", "zeroshot", "labelled", "labelled-val")  # the last two: one thing of any pair, to classify
+ANSWERS = ["no", "yes", "0", "1", "2", *COLOURS]
 
 
 class Thing(NamedTuple):
@@ -90,16 +91,22 @@ class Thing(NamedTuple):
         return f"{'top' if self.y < 0.5 else 'bottom'} {'left' if self.x < 0.5 else 'right'}"
 
 
+def place(rng, corners, pairs=PAIRS):
+    """Random things near the corners: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+    things = []
+    for corner in corners:
+        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.05
+        things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.25 + 0.5 * x, 0.25 + 0.5 * y))
+    return things
+
+
 def scene(seed, split, index):
     """Things of scene (seed, split, index) and the generator that made them: one or two, in different corners."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    pairs = HELD_OUT if split == "zeroshot" else [pair for pair in PAIRS if pair not in HELD_OUT]
-    count = 1 if split == "zeroshot" else rng.integers(1, 3)
-    things = []
-    for corner in rng.permutation(4)[:count]:
-        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.05
-        things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.25 + 0.5 * x, 0.25 + 0.5 * y))
-    return things, rng
+    many = split in ("train", "val")
+    pairs = HELD_OUT if split == "zeroshot" else [pair for pair in PAIRS if pair not in HELD_OUT] if many else PAIRS
+    count = rng.integers(1, 3) if many else 1
+    return place(rng, rng.permutation(4)[:count], pairs), rng
 
 
 def draw(things, rng, size):
@@ -120,15 +127,82 @@ def describe(things):
 
 
 def shapes(split, size, subset, seed):
-    count = subset if split == "train" and subset else {"train": 20_000, "val": 500, "zeroshot": 600}[split]
-    scenes = [scene(seed, split, i) for i in tqdm(range(count), f"drawing {split} scenes", leave=False)]
+    counts = {"train": subset or 20_000, "val": 500, "zeroshot": 600, "labelled": 3000, "labelled-val": 1000}
+    scenes = [scene(seed, split, i) for i in tqdm(range(counts[split]), f"drawing {split} scenes", leave=False)]
     images = np.stack([draw(things, rng, size) for things, rng in scenes])
     data = Dataset(images, [describe(things) for things, _ in scenes])
-    if split == "zeroshot":
-        names = [f"{colour} {shape}" for colour, shape in PAIRS]  # told apart from all pairs, not the held-out only
-        data.classes, data.labels = names, np.array([PAIRS.index(things[0][1:3]) for things, _ in scenes])
+    if split not in ("train", "val"):
+        data.classes = [f"{colour} {shape}" for colour, shape in PAIRS]  # told apart from all pairs, not the held-out only
+        data.labels = np.array([PAIRS.index(things[0][1:3]) for things, _ in scenes])
         data.templates = [f"a {size} {{}} at the {y} {x}" for size in SIZES for y in ("top", "bottom") for x in ("left", "right")]
     return data
+
+
+def moving_shapes(split, size, count, seed=0, frames=16):
+    """Generated clips of one thing that moves to the right or to the left within its corner.
+
+    -> two Datasets of the same images (count, frames, 3, size, size): labelled by shape, which any frame
+    shows, and by direction, which no set of frames shows without their order.
+    """
+    clips, texts, shape, direction = [], [], [], []
+    for i in tqdm(range(count), "drawing clips", leave=False):
+        (thing,), rng = scene(seed, split, i)
+        direction.append(rng.integers(2))
+        path = np.linspace(-0.12, 0.12, frames) * (1 if direction[-1] else -1)
+        clips.append(np.stack([draw([thing._replace(x=thing.x + dx)], rng, size) for dx in path]))
+        texts.append(describe([thing]))
+        shape.append(list(SHAPES).index(thing.shape))
+    clips = np.stack(clips)
+    return Dataset(clips, texts, np.array(shape), list(SHAPES)), Dataset(clips, texts, np.array(direction), ["to the left", "to the right"])
+
+
+def questions(size, count, seed=0):
+    """Scenes of two things, each with a question in turn of three kinds; the answer is the label.
+
+    For each kind all answers are equally likely: the image alone cannot answer, as it does not say what is
+    asked, and the question alone can do no better than chance.
+    """
+    images, texts, answers = [], [], []
+    for i in tqdm(range(count), "drawing questions", leave=False):
+        rng = np.random.default_rng([seed, len(SPLITS), i])
+        first, second = place(rng, rng.permutation(4)[:2] if i % 3 else [0, 1] if rng.integers(2) else [2, 3])
+        shape, other = rng.permutation(list(SHAPES))[:2]
+        if i % 3 == 0:  # first is the left one
+            first, second = first._replace(shape=shape), second._replace(shape=other)
+            asked, side, there = (first, "left", second) if rng.integers(2) else (second, "right", first)
+            text, answer = f"what colour is the shape {side} of the {there.shape}", asked.colour
+        elif i % 3 == 1:
+            present = rng.integers(2)
+            pairs = [pair for pair in PAIRS if (pair in (first[1:3], second[1:3])) == present and pair[0] in (first.colour, second.colour)]
+            colour, shape = pairs[rng.integers(len(pairs))]
+            text, answer = f"is there a {colour} {shape}", ANSWERS[present]
+        else:
+            n = rng.integers(3)
+            first, second = (thing._replace(shape=shape if k < n else other) for k, thing in enumerate((first, second)))
+            text, answer = f"how many {shape}", str(n)
+        images.append(draw([first, second], rng, size))
+        texts.append([text])
+        answers.append(ANSWERS.index(answer))
+    return Dataset(np.stack(images), texts, np.array(answers), ANSWERS)
+
+
+def entailment(size, count, seed=0):
+    """Scenes with a caption that holds (label 1) or has one property of one thing wrong (label 0)."""
+    images, texts, holds = [], [], []
+    for i in tqdm(range(count), "drawing captions", leave=False):
+        rng = np.random.default_rng([seed, len(SPLITS) + 1, i])
+        things = place(rng, rng.permutation(4)[:2])
+        text = true = describe(things)[0]
+        holds.append(rng.integers(2))
+        while not holds[-1] and text == true:
+            k, wrong = rng.integers(2), place(rng, [rng.integers(4)])[0]
+            field = rng.choice(["size", "colour", "shape", "place"])
+            change = dict(x=wrong.x, y=wrong.y) if field == "place" else {field: getattr(wrong, field)}
+            text = describe([thing._replace(**change) if j == k else thing for j, thing in enumerate(things)])[0]
+            text = true if text in describe(things) else text
+        images.append(draw(things, rng, size))
+        texts.append([text])
+    return Dataset(np.stack(images), texts, np.array(holds), ["does not hold", "holds"])
 
 
 # ------------------------------------------------------------------------------------------------
