@@ -182,11 +182,10 @@ class Attention(nn.Module):
         Lq, Lk = q.shape[2], k.shape[2]
         causal = causal and Lq > 1  # a single query is the last position: it may look everywhere
         weights = None
-        if return_weights or causal and Lq < Lk:  # the fused kernel counts positions from the first key
+        if return_weights or valid is not None or causal and Lq < Lk:  # the fused kernel counts positions from the first key
             x, weights = attention(q, k, v, causal, valid)
         else:
-            mask = None if valid is None else valid[:, None, None]      # (B, 1, 1, Lk)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = self.out(x.transpose(1, 2).flatten(2))                      # (B, Lq, D)
         return (x, weights) if return_weights else x
 
@@ -229,6 +228,12 @@ def sinusoids_2d(grid, width):
     one = torch.cat([angle.sin(), angle.cos()], -1)                     # (grid, D/2)
     rows, columns = one[:, None].expand(-1, grid, -1), one[None].expand(grid, -1, -1)
     return F.pad(torch.cat([rows, columns], -1).flatten(0, 1), (0, width - 4 * (width // 4)))
+
+
+def resize_positions(position, grid):
+    """Learned positions of a square grid (P, D) -> (grid * grid, D), for images of another size (Sec. 4.1: 288, then 576)."""
+    square = position.T.unflatten(1, (math.isqrt(len(position)), -1))   # (D, h, w)
+    return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
 
 
 class ImageEncoder(nn.Module):

@@ -141,46 +141,47 @@ def shapes(split, size, subset, seed):
 def moving_shapes(split, size, count, seed=0, frames=16):
     """Generated clips of one thing that moves to the right or to the left within its corner.
 
-    -> two Datasets of the same images (count, frames, 3, size, size): labelled by shape, which any frame
-    shows, and by direction, which no set of frames shows without their order.
+    -> two Datasets of the same images (count, frames, 3, size, size): labelled by colour and shape, which any
+    frame shows, and by direction, which no set of frames shows without their order.
     """
-    clips, texts, shape, direction = [], [], [], []
+    clips, texts, pair, direction = [], [], [], []
     for i in tqdm(range(count), "drawing clips", leave=False):
         (thing,), rng = scene(seed, split, i)
         direction.append(rng.integers(2))
         path = np.linspace(-0.12, 0.12, frames) * (1 if direction[-1] else -1)
         clips.append(np.stack([draw([thing._replace(x=thing.x + dx)], rng, size) for dx in path]))
         texts.append(describe([thing]))
-        shape.append(list(SHAPES).index(thing.shape))
+        pair.append(PAIRS.index(thing[1:3]))
     clips = np.stack(clips)
-    return Dataset(clips, texts, np.array(shape), list(SHAPES)), Dataset(clips, texts, np.array(direction), ["to the left", "to the right"])
+    return (Dataset(clips, texts, np.array(pair), [" ".join(pair) for pair in PAIRS]),
+            Dataset(clips, texts, np.array(direction), ["to the left", "to the right"]))
 
 
 def questions(size, count, seed=0):
-    """Scenes of two things, each with a question in turn of three kinds; the answer is the label.
+    """Scenes of two things side by side, each with a question of one of three kinds in turn; the answer is the label.
 
-    For each kind all answers are equally likely: the image alone cannot answer, as it does not say what is
-    asked, and the question alone can do no better than chance.
+    For each kind all answers are equally likely, and scenes are alike for all kinds: without the image nothing
+    beats chance, and without the question not even that can be reached.
     """
     images, texts, answers = [], [], []
     for i in tqdm(range(count), "drawing questions", leave=False):
         rng = np.random.default_rng([seed, len(SPLITS), i])
-        first, second = place(rng, rng.permutation(4)[:2] if i % 3 else [0, 1] if rng.integers(2) else [2, 3])
+        left, right = place(rng, [0, 1] if rng.integers(2) else [2, 3])
         shape, other = rng.permutation(list(SHAPES))[:2]
-        if i % 3 == 0:  # first is the left one
-            first, second = first._replace(shape=shape), second._replace(shape=other)
-            asked, side, there = (first, "left", second) if rng.integers(2) else (second, "right", first)
-            text, answer = f"what colour is the shape {side} of the {there.shape}", asked.colour
+        left, right = left._replace(shape=shape), right._replace(shape=shape if rng.integers(2) else other)
+        if i % 3 == 0:
+            side, asked, beside = ("left", left, right) if rng.integers(2) else ("right", right, left)
+            text, answer = f"what colour is the shape {side} of the {beside.shape}", asked.colour
         elif i % 3 == 1:
             present = rng.integers(2)
-            pairs = [pair for pair in PAIRS if (pair in (first[1:3], second[1:3])) == present and pair[0] in (first.colour, second.colour)]
+            pairs = [p for p in PAIRS if (p in (left[1:3], right[1:3])) == present and p[0] in (left.colour, right.colour)]
             colour, shape = pairs[rng.integers(len(pairs))]
             text, answer = f"is there a {colour} {shape}", ANSWERS[present]
         else:
-            n = rng.integers(3)
-            first, second = (thing._replace(shape=shape if k < n else other) for k, thing in enumerate((first, second)))
-            text, answer = f"how many {shape}", str(n)
-        images.append(draw([first, second], rng, size))
+            there = [left.shape, right.shape]
+            kind = rng.choice(there if rng.random() < 2 / 3 else [shape for shape in SHAPES if shape not in there])
+            text, answer = f"how many {kind}", str(there.count(kind))
+        images.append(draw([left, right], rng, size))
         texts.append([text])
         answers.append(ANSWERS.index(answer))
     return Dataset(np.stack(images), texts, np.array(answers), ANSWERS)
@@ -297,9 +298,16 @@ def cifar(name, data_dir, split, size, download):
     classes = [name.replace("_", " ") for name in classes]
     texts = [[template.format(name) for template in TEMPLATES] for name in classes]
     if size != 32:
-        images = np.concatenate([F.interpolate(torch.from_numpy(part), size=(size, size), mode="bilinear", antialias=True).numpy()
-                                 for part in np.array_split(images, max(1, len(images) // 1000))])
+        images = np.concatenate([resize(part, size) for part in np.array_split(images, max(1, len(images) // 1000))])
     return Dataset(images, [texts[label] for label in labels], labels, classes, TEMPLATES, augment=True)
+
+
+def resize(images, size):
+    """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
+    H, W = images.shape[2:]
+    top, left, side = max(0, H - W) // 2, max(0, W - H) // 2, min(H, W)
+    images = torch.from_numpy(np.ascontiguousarray(images[:, :, top:top + side, left:left + side]))
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True).numpy()
 
 
 def fetch(url, md5, folder):
@@ -485,15 +493,52 @@ def captions(data_dir, split, size, subset):
             texts.setdefault(folder / (row["image"] or "").strip(), []).append(row["caption"] or "")
     except csv.Error as e:
         raise DataError(f"{table}: line {rows.line_num} is not CSV ({e}); quote captions that hold commas or quotes") from None
-    digest = {path: hashlib.sha256(path.name.encode()).digest() for path in texts}
-    # about one image in ten, by a hash of its name, is for evaluation: adding images moves none across
-    held = {path for path in texts if digest[path][0] < 26} or {min(texts, key=digest.get, default=None)}
+    held = held_out(texts)
     texts = {path: texts[path] for path in texts if (path in held) == (split == "val")}
     return captioned_images(texts, size, subset, f"captions-{split}", table)
 
 
+def held_out(paths):
+    """About one path in ten, by a hash of its name, for evaluation: adding files moves none across."""
+    digest = {path: hashlib.sha256(path.name.encode()).digest() for path in paths}
+    return {path for path in paths if digest[path][0] < 26} or {min(paths, key=digest.get, default=None)}
+
+
+def sample_frames(count, frames):
+    """Indices of that many of `count` frames, uniformly from the first to the last; fewer are repeated."""
+    return np.linspace(0, count - 1, frames).round().astype(int)
+
+
+def own_clips(data_dir, size, frames):
+    """A folder per class, in it a clip each as a folder of frames (image files, in the order of their names) or an array
+    file .npy (count, height, width, 3) uint8 -> training and evaluation Datasets, images (N, frames, 3, size, size)."""
+    classes = sorted(path.name for path in Path(data_dir).glob("*/"))
+    paths = [path for name in classes for path in sorted((Path(data_dir) / name).iterdir()) if path.is_dir() or path.suffix == ".npy"]
+    if len(classes) < 2 or not paths:
+        raise DataError(f"{data_dir}: {len(classes)} classes and {len(paths)} clips; give a folder with a folder of clips for each class")
+    clips = np.empty((len(paths), frames, 3, size, size), np.uint8)
+    for n, path in enumerate(tqdm(paths, "reading clips", leave=False)):
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.is_file())
+        else:
+            try:
+                found = np.load(path, allow_pickle=False, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as e:
+                raise DataError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
+            if found.ndim != 4 or found.shape[-1] != 3 or found.dtype != np.uint8:
+                raise DataError(f"{path}: {found.dtype} of shape {found.shape}; a clip is uint8 (count, height, width, 3)")
+        if not len(found):
+            raise DataError(f"{path}: a clip without frames; put images into it or remove it")
+        for i, k in enumerate(sample_frames(len(found), frames)):
+            clips[n, i] = read_image(found[k], size) if path.is_dir() else resize(found[k].transpose(2, 0, 1)[None], size)[0]
+    labels, held = np.array([classes.index(path.parent.name) for path in paths]), held_out(paths)
+    chosen = np.array([path in held for path in paths])
+    return tuple(Dataset(clips[rows], [[]] * rows.sum(), labels[rows], classes) for rows in (~chosen, chosen))
+
+
 def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False):
-    """-> Dataset. split: "train", "val" or "zeroshot" (labelled; where there are classes). size: pixels a side.
+    """-> Dataset. split: "train", "val"; where there are classes also "zeroshot" and, to learn them, "labelled" and
+    "labelled-val". size: pixels a side.
 
     subset: that many training images, the same every time, 0 = all. seed: of the generated scenes.
     """
@@ -503,7 +548,7 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
         raise DataError(f"--data {name} needs --data-dir, the folder of its files")
     data_dir, subset = Path(data_dir), subset if split == "train" else 0
     if name in CIFAR:
-        data = cifar(name, data_dir, "train" if split == "train" else "val", size, download)
+        data = cifar(name, data_dir, "train" if split in ("train", "labelled") else "val", size, download)
         if subset:
             chosen = take(np.arange(len(data)), subset, data_dir)
             data.images, data.labels = data.images[chosen], data.labels[chosen]

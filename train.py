@@ -5,6 +5,8 @@
     python train.py --data coco --data-dir DIR --subset 1000           COCO captions
     python train.py --data captions --data-dir DIR                     your images, and a CSV image,caption
     python train.py --lambda-cap 0                                     a dual encoder (CLIP); --lambda-con 0: a captioner
+    python train.py --init runs/shapes/checkpoint.pt --image-size 64   a second phase at another resolution (Sec. 4.1)
+    python train.py --init CHECKPOINT --fresh poolers --train poolers  learn only what lies between, as LLaVA's first stage
     python train.py --out runs/shapes --resume                         go on with a run that was stopped
     python train.py --batch-size 1024 --accum 16                       a large batch in the memory of a small one
     torchrun --nproc_per_node=2 train.py                               the same batch over two processes
@@ -27,12 +29,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss, number_captions
+from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss, number_captions, resize_positions
 from data import NAMES, Batches, DataError, Tokenizer, load
 from eval import evaluate, load_checkpoint, pick_device, report
 
+PARTS = {"encoder": ["encoder"], "poolers": ["generative_pooler", "contrastive_pooler"], "decoder": ["unimodal", "multimodal"]}
 DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=1600, batch_size=128, lr=1.5e-3,
-                lambda_con=1.0, lambda_cap=2.0, pooler="cascade", seed=0)  # what makes a run; the checkpoint keeps it
+                lambda_con=1.0, lambda_cap=2.0, pooler="cascade", encoder_layers=None, n_query=None, image_size=None,
+                init=None, fresh=[], train=list(PARTS), seed=0)  # what makes a run; the checkpoint keeps it
 CIFAR_RECIPE = dict(steps=6250, batch_size=32, lr=7e-4)  # 200,000 images seen
 RECIPE = {"cifar10": CIFAR_RECIPE, "cifar100": CIFAR_RECIPE}  # other defaults where the data want them
 SIZES = {  # what the data change in "tiny"
@@ -59,6 +63,7 @@ def parse_args(argv):
     def flag(name, text, **how):  # its default is filled in later, so that --resume sees what was really given
         key = name[2:].replace("-", "_")
         default = f"{DEFAULTS[key]}; cifar: {CIFAR_RECIPE[key]}" if key in CIFAR_RECIPE else DEFAULTS[key]
+        default = " ".join(default) or "none" if isinstance(default, list) else "not given" if default is None else default
         p.add_argument(name, default=argparse.SUPPRESS, help=f"{text} (default: {default})", **how)
 
     flag("--data", "what to train on", choices=NAMES)
@@ -71,6 +76,12 @@ def parse_args(argv):
     flag("--lambda-con", "weight of the contrastive loss in Eq. (4)", type=number(float, 0))
     flag("--lambda-cap", "weight of the captioning loss in Eq. (4)", type=number(float, 0))
     flag("--pooler", "Table 8f", choices=["cascade", "parallel"])
+    flag("--n-query", "queries of the generative pooler, Table 8f; 0 = the decoder reads all image tokens", type=number(int, 0))
+    flag("--encoder-layers", "0 = no image encoder, patches go straight on", type=number(int, 0))
+    flag("--image-size", "pixels a side", type=number(int, 1))
+    flag("--init", "start from this checkpoint's sizes, vocabulary and weights; learned positions are interpolated to --image-size")
+    flag("--fresh", "parts that do not take their weights from --init", nargs="+", choices=PARTS)
+    flag("--train", "parts that learn, the others stay as they are", nargs="+", choices=PARTS)
     flag("--seed", "of weights, order and generated scenes", type=number(int, 0))
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--out", help="folder for checkpoint.pt and metrics.csv (default: a new runs/DATA)")
@@ -82,21 +93,44 @@ def parse_args(argv):
     p.add_argument("--compile", action="store_true", help="torch.compile the model (worth it on GPUs)")
     args = p.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    if given.get("data_dir"):
-        given["data_dir"] = str(Path(given["data_dir"]).resolve())
+    for name in {"data_dir", "init"} & {name for name in given if given[name]}:
+        given[name] = str(Path(given[name]).resolve())
     if args.resume and not args.out:
         p.error("--resume needs --out, the folder of the run to go on with")
-    try:
-        make_config({**DEFAULTS, **given})
-    except ValueError as e:
-        p.error(str(e))
+    if given.get("fresh") and not given.get("init"):
+        p.error("--fresh needs --init, the checkpoint that gives the other parts")
+    if not given.get("init"):  # else its sizes count too, in main
+        try:
+            make_config({**DEFAULTS, **given})
+        except ValueError as e:
+            p.error(str(e))
     return args, given
 
 
-def make_config(settings):
-    sizes = SIZES[settings["data"]] if settings["config"] == "tiny" else {}
-    weights = {name: settings[name] for name in ("lambda_con", "lambda_cap", "pooler")}
-    return dataclasses.replace(CONFIGS[settings["config"]], **sizes, **weights)
+def make_config(settings, base=None):
+    """Sizes of a new model; base: those of the checkpoint it starts from."""
+    if base is None:
+        base = dataclasses.replace(CONFIGS[settings["config"]], **(SIZES[settings["data"]] if settings["config"] == "tiny" else {}))
+    names = ("lambda_con", "lambda_cap", "pooler", "encoder_layers", "n_query", "image_size")
+    return dataclasses.replace(base, **{name: settings[name] for name in names if settings[name] is not None})
+
+
+def part_of(name):
+    """Name of a parameter -> the part it belongs to, None for the temperature, which always learns."""
+    return next((part for part, modules in PARTS.items() if name.split(".")[0] in modules), None)
+
+
+def start_from(source, model, fresh):
+    """Copies source's weights into model, but for the fresh parts. DataError if a size differs other than the image's."""
+    state = {name: p for name, p in source.state_dict().items() if part_of(name) not in fresh}
+    own = model.state_dict()
+    if "encoder.position" in state and len(state["encoder.position"]) != len(own["encoder.position"]):
+        state["encoder.position"] = resize_positions(state["encoder.position"], math.isqrt(len(own["encoder.position"])))
+    wrong = [name for name, p in state.items() if name not in own or p.shape != own[name].shape]
+    wrong += [name for name in own if part_of(name) not in fresh and name not in state]
+    if wrong:
+        raise DataError(f"--init: its {wrong[0]} does not fit the sizes asked for; leave the sizes out, or add --fresh {part_of(wrong[0])}")
+    model.load_state_dict(state, strict=False)
 
 
 def new_folder(out, data):
@@ -121,8 +155,9 @@ def learning_rate(step, peak, steps):
 
 def make_optimizer(model):
     """AdamW with the paper's betas and decoupled weight decay (the paper: Adafactor, which keeps less per weight)."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learned if p.dim() > 1]
+    vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
     return torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0.0)],
                              betas=(0.9, 0.999), fused=True)
 
@@ -282,7 +317,7 @@ def main(argv=None):
     if args.resume:
         out = Path(args.out)
         model, tokenizer, checkpoint = load_checkpoint(out / "checkpoint.pt", device)
-        settings, config, start = checkpoint["settings"], model.config, checkpoint["step"]
+        settings, config, start = {**DEFAULTS, **checkpoint["settings"]}, model.config, checkpoint["step"]
         for name, value in given.items():
             if value != settings[name]:
                 flag = "--" + name.replace("_", "-")
@@ -290,7 +325,11 @@ def main(argv=None):
     else:
         name = given.get("data", DEFAULTS["data"])
         out, settings = new_folder(args.out, name), {**DEFAULTS, **RECIPE.get(name, {}), **given}
-        config = make_config(settings)
+        source, words = load_checkpoint(settings["init"], device)[:2] if settings["init"] else (None, None)
+        try:
+            config = make_config(settings, source and source.config)
+        except ValueError as e:
+            raise DataError(str(e)) from None
     s = argparse.Namespace(**settings)
     if s.batch_size < args.accum * world:
         raise DataError(f"--batch-size {s.batch_size} cannot be cut into {args.accum} parts for each of {world} processes; make it larger")
@@ -304,8 +343,12 @@ def main(argv=None):
         if world > 1:
             dist.barrier()
     if not checkpoint:
-        tokenizer = Tokenizer.learn((text for mine in data.captions for text in mine), config.vocab_size)
+        tokenizer = words or Tokenizer.learn((text for mine in data.captions for text in mine), config.vocab_size)
         model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer))).to(device)
+        if source:
+            start_from(source, model, s.fresh)
+    for name, p in model.named_parameters():
+        p.requires_grad_(part_of(name) in [*s.train, None])
     sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
     own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch: the order is one, whatever the number of processes
     batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed, own, device)
