@@ -193,7 +193,7 @@ class Recipe:
 FROZEN, FINETUNED = Recipe(smoothing=0.2, weight_decay=0.01), Recipe(encoder_lr=5e-4, smoothing=0.5, weight_decay=0.01, steps=400)
 VIDEO_FROZEN = Recipe(smoothing=0.1, warm_up=10, steps=600)
 VIDEO_FINETUNED = Recipe(encoder_lr=5e-4, smoothing=0.1, warm_up=10, steps=300, batch=16)
-UNDERSTANDING = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=800)
+UNDERSTANDING = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=600)
 
 
 def image_tokens(model, images):
@@ -414,10 +414,13 @@ def understanding_task(s):
                                ("entailment", entailment(s.size, 4000, s.settings["seed"]), 1 / 2)):
         (images,), labels = tensors(data)
         tokens = s.tokenizer.encode([text for text, in data.captions], s.model.config.text_len)
-        for control, inputs in (("", (images, tokens)), (", image hidden", (torch.full_like(images, 128), tokens)),
-                                (", text hidden", (images, torch.tensor([[BEGIN, END]]).expand(len(tokens), -1)))):
-            train, test = (((tuple(t[part] for t in inputs)), labels[part]) for part in (slice(3400), slice(3400, None)))
-            rows[name + control] = row(transfer(s.model, decoder_states, s.head(data), train, test, UNDERSTANDING, name + control), chance)
+        seen = {name: (images, tokens)}
+        if name == "questions":
+            seen |= {"questions, image hidden": (torch.full_like(images, 128), tokens),
+                     "questions, text hidden": (images, torch.tensor([[BEGIN, END]]).expand(len(tokens), -1))}
+        for what, inputs in seen.items():
+            train, test = ((tuple(t[part] for t in inputs), labels[part]) for part in (slice(3400), slice(3400, None)))
+            rows[what] = row(transfer(s.model, decoder_states, s.head(data), train, test, UNDERSTANDING, what), chance)
     return rows
 
 
