@@ -164,7 +164,7 @@ body { margin: auto; max-width: 70rem; padding: 1rem; background: var(--paper); 
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
 a { color: var(--curve); margin-right: 1rem }
 .skip:not(:focus) { position: absolute; transform: translateY(-200%) }
-.scroll { overflow-x: auto; overflow-wrap: normal }
+.scroll { overflow-x: auto; overflow-wrap: normal; margin-bottom: .75rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 caption, th, td { padding: .15rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 .heat, .bar { display: block; padding: 0 .3rem; background: color-mix(in srgb, var(--tint) calc(var(--share) * 100%), transparent) }
@@ -177,7 +177,6 @@ img { display: block; width: 7rem; height: 7rem; image-rendering: pixelated }
 svg { width: 22rem; max-width: 100%; fill: none; stroke: var(--line) }
 text { fill: var(--ink); stroke: none; font-size: 12px }
 </style>"""
-CLEAR, FULL = np.array([20, 20, 90, 110]), np.array([255, 225, 0, 150])  # RGBA of share 0 and 1, to lie over a picture
 
 
 class Html(str):
@@ -210,8 +209,9 @@ def picture(image):
 
 
 def heat(shares):
-    """(H, W) in [0, 1] -> PNG, half transparent."""
-    return png((CLEAR + shares[..., None] * (FULL - CLEAR)).astype(np.uint8))
+    """(H, W) in [0, 1] -> PNG from dark blue to yellow, to lie over a picture."""
+    low, high = np.array([20, 20, 90, 110]), np.array([255, 225, 0, 150])  # RGBA
+    return png((low + shares[..., None] * (high - low)).astype(np.uint8))
 
 
 def figure(source, alt, *text, **attributes):
@@ -243,7 +243,7 @@ def chart(name, steps, values):
     axes = [f'<path d="M60 {down(t):.0f}H345"/><text x="55" y="{down(t) + 4:.0f}" text-anchor="end">{t:.3g}</text>'
             for t in np.geomspace(low, high, 5)]
     axes += [f'<text x="{x}" y="208" text-anchor="middle">{step:,.0f}</text>' for x, step in ((60, steps[0]), (345, steps[-1]))]
-    summary = f"{name}: {y[0]:.3g} at step {steps[0]:,.0f}, {y[-1]:.3g} at step {steps[-1]:,.0f}, at least {low:.3g}, at most {high:.3g}"
+    summary = f"{name}: {values[0]:.3g} at step {steps[0]:,.0f}, least {values.min():.3g}, {values[-1]:.3g} at step {steps[-1]:,.0f}"
     return tag("svg", tag("title", summary), tag("text", f"{name} (log scale) over steps", x=60, y=18), Html("".join(axes)),
                tag("polyline", points=points, style="stroke: var(--curve)"), viewBox="0 0 370 215", role="img")
 
@@ -300,10 +300,10 @@ def nearest(image_embedding, model, tokenizer, data, shown=4, best=5):
 
 
 def attention_maps(model, images, tokens):
-    """Where a model looks, in shares of the P patches, as means over heads. images (B, 3, S, S) float, tokens (B, L) ->
+    """Where a model looks: shares of the P patches, means over heads. images (B, 3, S, S) float, tokens (B, L) ->
 
-    words (B, L - 1, P), the last layer's cross-attention as it predicts tokens[:, 1:], followed through the generative pooler;
-    their probabilities (B, L - 1); the image embedding's (B, 1, P), followed too; the pooler's queries' own (B, Q, P), or None.
+    of each word (B, L - 1, P), the last layer's cross-attention as tokens[:, 1:] are predicted, followed through the generative
+    pooler; the words' probabilities (B, L - 1); of the image embedding (B, 1, P); of the pooler's queries (B, Q, P) or None.
     """
     cross, inputs = model.multimodal.blocks[-1].cross_attention, []
     hook = cross.register_forward_pre_hook(lambda module, given: inputs.extend(given))
@@ -324,7 +324,7 @@ def attention_maps(model, images, tokens):
 def map_figure(weights, name, *text):
     """weights (P,) -> a picture of one pixel a patch; the style sheet lays it over its article's picture."""
     grid, at = math.isqrt(len(weights)), int(weights.argmax())
-    alt = f"{name} looks most ({weights[at]:.0%}) at row {at // grid + 1}, column {at % grid + 1} of {grid} x {grid} patches"
+    alt = f"{name}: most attention ({weights[at]:.0%}) on row {at // grid + 1}, column {at % grid + 1} of {grid} x {grid} patches"
     return figure(heat((weights / weights[at]).reshape(grid, grid)), alt, tag("strong", name), *text, class_="map")
 
 
@@ -359,8 +359,7 @@ def new_file(path):
 def html_report(args, model, tokenizer, checkpoint, scores, settings=None):
     """Writes args.report: with the `settings` of `evaluate` about its scores and their data, without about args.image."""
     c, sections = model.config, {}
-    facts = {**checkpoint["settings"], "step": checkpoint["step"], **dataclasses.asdict(c)}
-    settings_table = table("Settings of the run and sizes of the model", ["name", "value"], facts.items())
+    facts = {**checkpoint["settings"], "step": checkpoint["step"], **dataclasses.asdict(c)}.items()
     if settings:
         name, where = settings["data"], dict(data_dir=settings["data_dir"], size=c.image_size, seed=settings["seed"])
         data = load(name, split="val", **where)
@@ -379,16 +378,16 @@ def html_report(args, model, tokenizer, checkpoint, scores, settings=None):
             sections["Zero-shot classification"] = confusions(zero_shot(seen, model, tokenizer, labelled).cpu().numpy(), labelled)
         sections["Retrieval"] = nearest(embedding, model, tokenizer, data)
     elif settings:
-        sections["Scores"].append(tag("p", "lambda_con is 0: images and texts never met in one space, and scores of classification "
-                                           "and retrieval mean nothing; their examples are left out."))
+        sections["Scores"].append(tag("p", "lambda_con is 0: images and texts share no space, classification and retrieval mean nothing."))
     sections["Captions and attention"] = [tag("p", (
-        "Under each word its probability. Over the image, the last layer's cross-attention as the word is written, followed through "
-        "the pooler to the patches, as the mean of the heads: yellow where it is largest." if c.lambda_cap else
+        "Under each word its probability; over the image the last layer's cross-attention as the word is written, mean of the heads, "
+        "followed through the pooler to the patches. The brightest patch has most." if c.lambda_cap else
         "lambda_cap is 0: the model never learned to write.")), *captions_with_maps(model, tokenizer, images, names)]
     page = HEAD + tag("title", f"CoCa: {args.checkpoint}") + "</head>" + tag(
         "body", tag("a", "Skip to the content", href="#main", class_="skip"),
         tag("nav", *(tag("a", title, href=f"#part-{i}") for i, title in enumerate(sections)), aria_label="Sections"),
-        tag("main", tag("h1", "CoCa report"), tag("p", args.checkpoint), tag("details", tag("summary", "Settings"), settings_table),
+        tag("main", tag("h1", "CoCa report"), tag("p", args.checkpoint),
+            tag("details", tag("summary", "Settings"), table("The run and the model", ["name", "value"], facts)),
             *(tag("section", tag("h2", title, id=f"part-{i}"), *parts) for i, (title, parts) in enumerate(sections.items())),
             id="main")) + "</html>\n"
     try:
@@ -583,13 +582,13 @@ def main(argv=None):
             settings["data_dir"] = args.data_dir
         scores = evaluate(model, tokenizer, settings)
         report(scores)
-    if args.report:
-        html_report(args, model, tokenizer, checkpoint, scores, None if args.image else settings)
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(scores, indent=1))
         except OSError as e:
             raise DataError(f"{args.json}: cannot be written ({e})") from None
+    if args.report:
+        html_report(args, model, tokenizer, checkpoint, scores, None if args.image else settings)
 
 
 if __name__ == "__main__":

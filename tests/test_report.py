@@ -97,8 +97,8 @@ def made(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, changes, there, left_out", [
-    ((), {}, ["Loss curves", "Zero-shot classification", "Retrieval", "captions exactly right"], ["lambda_"]),
-    ((), dict(pooler="parallel"), ["16 queries".replace("16", "3")], []),
+    ((), {}, ["Loss curves", "Zero-shot classification", "Retrieval", "captions exactly right"], ["is 0:"]),
+    ((), dict(pooler="parallel"), ["3 queries"], []),
     ((), dict(n_query=0), ["Retrieval"], ["3 queries"]),
     ((), dict(lambda_con=0.0), ["lambda_con is 0"], ["Zero-shot classification", "Retrieval", "image embedding"]),
     ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], ["<end>"]),
@@ -117,7 +117,7 @@ def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(made, flags
     for phrase in there:
         assert phrase in shown
     for phrase in left_out:
-        assert phrase not in shown.replace("lambda_con |", "").replace("lambda_cap |", "").replace("lambda_con is 0: images and texts", "")
+        assert phrase not in shown
     assert ("html", {"lang": "en"}) in page.tags and "default-src 'none'" in text
 
 
