@@ -273,7 +273,7 @@ def confusions(predicted, data):
         matrix = table(title, ["true", *(data.classes[j] for j in columns)], [
             [data.classes[i], *(tinted(shares[i, j], counts[i, j]) for j in columns)] for i in rows])
     else:
-        matrix = figure(heat(shares[rows][:, columns]), f"Heat map. {title}. The next table has its main entries.",
+        matrix = figure(heat(shares[rows][:, columns] / shares.max()), f"Heat map. {title}. The next table has its main entries.",
                         f"{title}, in the data's order; the brighter, the larger the share of the row", class_="matrix")
     wrong = (counts * (1 - np.eye(C, dtype=int))).ravel()
     top = [divmod(int(k), C) for k in wrong.argsort(kind="stable")[::-1][:10] if wrong[k]]

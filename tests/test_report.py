@@ -16,7 +16,7 @@ from PIL import Image
 
 import eval as evaluation
 from coca import PAD, CoCa, CoCaConfig
-from data import DataError, Dataset, to_model
+from data import DataError, Dataset, Tokenizer, to_model
 from eval import Html, attention_maps, chart, confusions, loss_curves, nearest, png, table, tag
 
 HOSTILE = """<script>alert("1&amp;2")<img src=x onerror='x'>&"""  # a file may be called that, too
@@ -97,7 +97,7 @@ def made(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, changes, there, left_out", [
-    ((), {}, ["Loss curves", "Zero-shot classification", "Retrieval", "captions exactly right"], ["is 0:"]),
+    ((), {}, ["loss_con is Eq. (2)", "Zero-shot classification", "Retrieval", "captions exactly right"], ["is 0:"]),
     ((), dict(pooler="parallel"), ["3 queries"], []),
     ((), dict(n_query=0), ["Retrieval"], ["3 queries"]),
     ((), dict(lambda_con=0.0), ["lambda_con is 0"], ["Zero-shot classification", "Retrieval", "image embedding"]),
@@ -188,7 +188,24 @@ def test_a_map_lies_on_the_patch_with_the_most_weight():
     (_, image), = [one for one in figure.tags if one[0] == "img"]
     assert "row 2, column 1 of 2 x 2" in image["alt"] and "60%" in image["alt"]
     brightness = decoded(image["src"])[..., 0]
-    assert brightness.shape == (2, 2) and brightness.argmax() == 2 and brightness[0, 0] == brightness[0, 1] < brightness[1, 1]
+    assert brightness.shape == (2, 2) and brightness[1, 0] == 255 and brightness[0, 0] == brightness[0, 1] < brightness[1, 1] < 255
+
+
+def test_under_each_map_stand_its_word_and_probability():
+    case = dataclasses.replace(CONTROL, seed=6)  # which writes captions of different lengths
+    model, images = case.model(), (case.images() * 127.5 + 127.5).to(torch.uint8)
+    words = ["<pad>", "<begin>", "<end>", *(f"w{i}" for i in range(3, 13))]
+    with torch.no_grad():
+        tokens = model.generate(to_model(images))
+        p = attention_maps(model, to_model(images), tokens)[1]
+        articles = list(evaluation.captions_with_maps(model, Tokenizer(words), images.numpy(), ["x", "y", "z"]))
+    lengths = (tokens != PAD).sum(1)
+    assert lengths.min() < lengths.max() <= tokens.shape[1]
+    for row, share, n, article in zip(tokens, p, lengths, articles):
+        shown = Page(article).texts
+        first = shown.index("image embedding") + 1
+        expected = [text for t in range(1, n) for text in (words[row[t]], f"{share[t - 1]:.1%}")]
+        assert shown[first:][:len(expected) + 1] == [*expected, "The generative pooler's 3 queries"]
 
 
 def test_a_page_is_never_written_over_another_file(made, tmp_path):
@@ -201,8 +218,10 @@ def test_a_page_is_never_written_over_another_file(made, tmp_path):
     open("late.html", "w").write("mine")  # came while the model was at work
     with pytest.raises(DataError, match="cannot be written"):
         evaluation.html_report(args, *evaluation.load_checkpoint("checkpoint.pt"), {})
+    args.report, args.checkpoint = "other name.html", "\udcff.pt"  # control; a file name that is no Unicode
+    evaluation.html_report(args, *evaluation.load_checkpoint("checkpoint.pt"), {})
+    assert not Page(open("other name.html").read()).faults
     assert open("late.html").read() == "mine" and open("page.html").read() == before
-    evaluation.main(["checkpoint.pt", "--image", f"{HOSTILE}.png", "--report", "other.html"])  # control
 
 
 @pytest.mark.parametrize("content", [None, "", ROW, ROW + "1,8,4,3,10,0,.07,0\n", "a,b\n1,2\n3,4\n", "\0\xff"])
@@ -214,6 +233,8 @@ def test_without_metrics_the_page_says_so(tmp_path, content):
     assert "No curves" in only and not Page(only).faults
     path.write_text(ROW + "1,8,4,3,10,0,.07,0\n2,16,0.3,2,4.3,0,.07,1\n")  # control
     assert "".join(loss_curves(path)).count("<polyline") == 3
+    path.write_text(ROW + "1,8,4,0.0,4,0,.07,0\n2,16,0.3,0.0,0.3,0,.07,1\n")  # trained without captions: no curve of them
+    assert "".join(loss_curves(path)).count("<polyline") == 2
 
 
 @given(st.integers(0, 10_000), st.integers(2, 1000))
