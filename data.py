@@ -5,10 +5,14 @@
     load("coco", "DIR")                     DIR/annotations/captions_train2017.json, DIR/train2017/*.jpg, ... (or 2014)
     load("captions", "DIR")                 DIR/captions.txt or one .csv with columns image,caption; images in DIR/Images or DIR
 
+    python data.py dedup --data cifar10 --data-dir DIR     near-duplicates of evaluation images among the training images
+
 Labels become text by prompt templates, as the paper does with JFT-3B's labels (Sec. 4.1).
 Whatever is wrong with a file is a DataError of one line: what, where, and what to do.
 """
+import argparse
 import csv
+import dataclasses
 import hashlib
 import http.client
 import io
@@ -18,6 +22,7 @@ import pickle
 import re
 import sys
 import tarfile
+import time
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -439,14 +444,19 @@ def captioned_images(texts, size, subset, name, source):
     return Dataset(images, [texts[paths[i]] for i in kept], augment=True)
 
 
+def chosen(data, rows):
+    """Dataset of these images only."""
+    labels = None if data.labels is None else data.labels[rows]
+    return dataclasses.replace(data, images=data.images[rows], captions=[data.captions[i] for i in rows], labels=labels)
+
+
 def take(items, subset, source):
     """The same `subset` of the items every time (0 = all), in order."""
     if subset > len(items):
         raise DataError(f"{source}: --subset {subset} asked for, but there are {len(items)}; ask for fewer")
     if not len(items):
         raise DataError(f"{source}: no images with captions; check the file")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(items))[:subset or None])
-    return [items[i] for i in chosen]
+    return [items[i] for i in np.sort(np.random.default_rng(0).permutation(len(items))[:subset or None])]
 
 
 def read_text(path, what):
@@ -532,8 +542,8 @@ def own_clips(data_dir, size, frames):
         for i, k in enumerate(sample_frames(len(found), frames)):
             clips[n, i] = read_image(found[k], size) if path.is_dir() else resize(found[k].transpose(2, 0, 1)[None], size)[0]
     labels, held = np.array([classes.index(path.parent.name) for path in paths]), held_out(paths)
-    chosen = np.array([path in held for path in paths])
-    return tuple(Dataset(clips[rows], [[]] * rows.sum(), labels[rows], classes) for rows in (~chosen, chosen))
+    held = np.array([path in held for path in paths])
+    return tuple(Dataset(clips[rows], [[]] * rows.sum(), labels[rows], classes) for rows in (~held, held))
 
 
 def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False):
@@ -549,16 +559,164 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     data_dir, subset = Path(data_dir), subset if split == "train" else 0
     if name in CIFAR:
         data = cifar(name, data_dir, "train" if split in ("train", "labelled") else "val", size, download)
-        if subset:
-            chosen = take(np.arange(len(data)), subset, data_dir)
-            data.images, data.labels = data.images[chosen], data.labels[chosen]
-            data.captions = [data.captions[i] for i in chosen]
-        return data
+        return chosen(data, take(np.arange(len(data)), subset, data_dir)) if subset else data
     if download:
         raise DataError(f"--download fetches CIFAR only; get {name} yourself (README, Data)")
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; give the one that holds your {name} data as --data-dir")
     return {"coco": coco, "captions": captions}[name](data_dir, split, size, subset)
+
+
+# ------------------------------------------------------------------------------------------------
+# De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
+
+THRESHOLD = 0.955  # of the cosine of two thumbnails; python data.py dedup --curve shows why
+
+
+def thumbnails(images):
+    """images (N, 3, H, W) uint8 -> (N, 192) 8 x 8 pixels without mean and contrast: brightness and re-encoding change little."""
+    parts = []
+    for i in range(0, len(images), 2000):
+        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 2000])).float()
+        x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
+        x = x - x.mean(1, keepdim=True)
+        parts.append(F.normalize(x * (x.norm(dim=1, keepdim=True) > 1)))  # an image of one colour is like no other
+    return torch.cat(parts).numpy()
+
+
+def slight_crops(images, mirrored):
+    """The images themselves, then 13 crops of 95 and 90 % of their sides: a cropped copy is near one of them."""
+    S = images.shape[-1]
+    for share, places in ((1, [0]), (0.95, [0, 1]), (0.9, [0, 0.5, 1])):
+        side = round(share * S)
+        for top in places:
+            for left in places:
+                crop = images[:, :, round(top * (S - side)):, round(left * (S - side)):][:, :, :side, :side]
+                yield from [crop, crop[..., ::-1]][:1 + mirrored]
+
+
+def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
+    """Near-copies in images (N, 3, S, S) of evaluation images (M, 3, S', S') -> which one each is nearest to (N,), -1 = it is
+    no copy; the similarity (N,); which of the evaluation images have a copy (M,).
+
+    Only images in one bucket are compared: in 16 tables, the side of each of some random planes is a bit of the bucket's
+    number. As many planes as keep buckets small: time grows with the number of images, not of pairs.
+    """
+    mine, M = thumbnails(images), len(evaluation)
+    probes = np.concatenate([thumbnails(crop) for crop in slight_crops(evaluation, mirrored)])  # (14 M, 192)
+    bits = int(np.log2(len(mine) + len(probes))) + 3
+    # whitened first: all pictures have much in common (sky above, ground below), which must not decide their bucket
+    values, vectors = np.linalg.eigh(np.cov(np.concatenate([mine, probes[:M]]).T))
+    planes = vectors[:, -32:] / np.sqrt(values[-32:].clip(1e-6)) @ np.random.default_rng(0).standard_normal((32, 16 * bits))
+
+    def buckets(x):
+        sides = [part @ planes.astype(np.float32) > 0 for part in np.array_split(x, len(x) // 20_000 + 1)]
+        return np.concatenate(sides).reshape(len(x), 16, bits) @ (1 << np.arange(bits))  # (len(x), 16)
+
+    which, similarity, copied = np.full(len(mine), -1), np.zeros(len(mine)), np.zeros(M, bool)
+    for own, others in zip(tqdm(buckets(mine).T, "looking for duplicates", leave=False), buckets(probes).T):
+        order = others.argsort(kind="stable")
+        first, end = (np.searchsorted(others[order], own, side) for side in ("left", "right"))
+        count = (end - first).clip(max=200)  # a bucket of hundreds holds copies of one image: some of them do
+        for rows in np.array_split(np.arange(len(mine)), count.sum() // 1_000_000 + 1):
+            n = count[rows]
+            i, within = np.repeat(rows, n), np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)
+            j = order[np.repeat(first[rows], n) + within]
+            cosine = np.einsum("nd,nd->n", mine[i], probes[j])
+            near = np.flatnonzero(cosine > threshold)
+            copied[j[near] % M] = True
+            near = near[cosine[near] > similarity[i[near]]]
+            near = near[cosine[near].argsort(kind="stable")]  # the nearest is written last
+            which[i[near]], similarity[i[near]] = j[near] % M, cosine[near]
+    return which, similarity, copied
+
+
+def without_duplicates(data, evaluation, mirrored=False):
+    """data without the near-duplicates of the evaluation images; says how many. DataError if nothing is left."""
+    which, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
+    kept = np.flatnonzero(which < 0)
+    note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, near-duplicates of {copied.sum():,} "
+         f"of {len(evaluation):,} evaluation images")
+    if not len(kept):
+        raise DataError("every training image is a near-duplicate of an evaluation image; give other data")
+    return chosen(data, kept)
+
+
+def plant_copies(images, rng):
+    """Images (N, 3, S, S) as their copies are found in the wild -> {kind: (N, 3, S, S)}."""
+    Image, _ = pillow("planted copies")
+    S = images.shape[-1]
+
+    def jpeg(image):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=50)
+        return Image.open(file)
+
+    def crop(image):
+        side = round(S * rng.uniform(0.88, 1))
+        left, top = rng.integers(0, S - side + 1, 2)
+        return image.crop((left, top, left + side, top + side)).resize((S, S), Image.Resampling.BICUBIC)
+
+    def brightness(image):
+        contrast, shift = rng.uniform(0.8, 1.2), rng.uniform(-30, 30)
+        return image.point(lambda value: contrast * value + shift)
+
+    kinds = {"re-encoded": jpeg, "resized": lambda image: image.resize((S * 3 // 4,) * 2).resize((S, S)), "cropped": crop,
+             "brightness": brightness, "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
+    return {name: np.stack([np.asarray(change(Image.fromarray(x.transpose(1, 2, 0)))).transpose(2, 0, 1) for x in images])
+            for name, change in kinds.items()}
+
+
+def dedup_curve(data, evaluation, mirrored):
+    """Prints recall of planted copies, precision, and how seconds grow with the number of images."""
+    planted = plant_copies(evaluation.images[:1000], np.random.default_rng(0))
+    n = len(planted["mirrored"])
+    images = np.concatenate([data.images, *planted.values()])
+    which, similarity, _ = near_duplicates(images, evaluation.images, 0.9, mirrored)
+    right = which[len(data):].reshape(-1, n) == np.arange(n)
+    print("threshold  precision  recall: " + "  ".join(planted))
+    for threshold in (0.9, 0.92, 0.94, 0.95, 0.955, 0.96, 0.97, 0.98, 0.99):
+        found = similarity > threshold
+        hits = right & found[len(data):].reshape(-1, n)
+        print(f"{threshold:9} {hits.sum() / found.sum():10.1%}" + " " * 10 + " ".join(f"{recall:10.1%}" for recall in hits.mean(1)))
+    print("(precision: other training images found count as wrong, though some are real copies)")
+    many = np.concatenate([data.images, data.images[..., ::-1], data.images[:, :, ::-1]])  # mirrored, upside down: other images
+    for N in (6250, 12_500, 25_000, 50_000):
+        if N <= len(many):
+            began = time.perf_counter()
+            near_duplicates(many[:N], evaluation.images, mirrored=mirrored)
+            print(f"{N:6,} images against {len(evaluation):,}: {time.perf_counter() - began:.1f} s")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Near-duplicates of the evaluation images in the training images (Sec. 4.1)",
+                                usage="python data.py dedup --data NAME --data-dir DIR [options]")
+    p.add_argument("command", choices=["dedup"])
+    p.add_argument("--data", choices=NAMES, default="shapes")
+    p.add_argument("--data-dir")
+    p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
+    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
+    p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"least cosine of thumbnails (default: {THRESHOLD})")
+    p.add_argument("--show", metavar="FILE.png", help="write the 48 likest pairs there: training image, evaluation image")
+    p.add_argument("--curve", action="store_true", help="plant copies instead: precision, recall and seconds")
+    args = p.parse_args(argv)
+    if args.show and Path(args.show).exists():
+        raise DataError(f"{args.show}: is there already; delete it or give another --show")
+    data, evaluation = (load(args.data, args.data_dir, split, args.size) for split in ("train", "val"))
+    if args.curve:
+        return dedup_curve(data, evaluation, args.mirrored)
+    which, similarity, copied = near_duplicates(data.images, evaluation.images, args.threshold, args.mirrored)
+    print(f"{(which >= 0).sum():,} of {len(data):,} training images are near-duplicates "
+          f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
+    likest = similarity.argsort(kind="stable")[::-1][:48]
+    likest = likest[which[likest] >= 0]
+    for i in likest[:10]:
+        print(f"{similarity[i]:.3f}  train {i}: {data.captions[i][0]}  |  evaluation {which[i]}: {evaluation.captions[which[i]][0]}")
+    if args.show and len(likest):
+        pairs = np.concatenate([data.images[likest], evaluation.images[which[likest]]], 3)  # (n, 3, S, 2 S)
+        pairs = np.pad(pairs, ((0, -len(pairs) % 6), (0, 0), (1, 1), (1, 1))).transpose(0, 2, 3, 1)
+        sheet = np.concatenate([np.concatenate(list(line), 1) for line in pairs.reshape(-1, 6, *pairs.shape[1:])])
+        pillow(args.show)[0].fromarray(sheet).resize((3 * sheet.shape[1], 3 * sheet.shape[0])).save(args.show)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -660,3 +818,10 @@ def crop_and_flip(images, by, shift, flip):
     rows, columns = rows + shift[0, :, None], columns + shift[1, :, None]  # (B, S) of the padded image
     b, y, x = (i.to(images.device) for i in (torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]))
     return F.pad(images, (by, by, by, by), value=128)[b, :, y, x].permute(0, 3, 1, 2)  # (B, 3, S, S)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as e:
+        sys.exit(f"error: {e}")

@@ -30,13 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss, number_captions, resize_positions
-from data import NAMES, Batches, DataError, Tokenizer, load
+from data import NAMES, Batches, DataError, Tokenizer, load, without_duplicates
 from eval import evaluate, load_checkpoint, pick_device, report
 
 PARTS = {"encoder": ["encoder"], "poolers": ["generative_pooler", "contrastive_pooler"], "decoder": ["unimodal", "multimodal"]}
 DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=1600, batch_size=128, lr=1.5e-3,
                 lambda_con=1.0, lambda_cap=2.0, pooler="cascade", encoder_layers=None, n_query=None, image_size=None,
-                init=None, fresh=[], train=list(PARTS), seed=0)  # what makes a run; the checkpoint keeps it
+                init=None, fresh=[], train=list(PARTS), dedup=False, seed=0)  # what makes a run; the checkpoint keeps it
 CIFAR_RECIPE = dict(steps=6250, batch_size=32, lr=7e-4)  # 200,000 images seen
 RECIPE = {"cifar10": CIFAR_RECIPE, "cifar100": CIFAR_RECIPE}  # other defaults where the data want them
 SIZES = {  # what the data change in "tiny"
@@ -82,6 +82,7 @@ def parse_args(argv):
     flag("--init", "start from this checkpoint's sizes, vocabulary and weights; learned positions are interpolated to --image-size")
     flag("--fresh", "parts that do not take their weights from --init", nargs="+", choices=PARTS)
     flag("--train", "parts that learn, the others stay as they are", nargs="+", choices=PARTS)
+    flag("--dedup", "remove near-duplicates of the evaluation images from the training images, Sec. 4.1", action="store_true")
     flag("--seed", "of weights, order and generated scenes", type=number(int, 0))
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--out", help="folder for checkpoint.pt and metrics.csv (default: a new runs/DATA)")
@@ -338,8 +339,10 @@ def main(argv=None):
     for turn in range(min(world, 2)):  # the first process decodes images, the others read what it has kept
         if turn == min(rank, 1):
             data = load(s.data, s.data_dir, "train", config.image_size, s.subset, s.seed, args.download and rank == 0)
-            if rank == 0:
-                load(s.data, s.data_dir, "val", config.image_size, seed=s.seed)  # its faults should show now, not at the end
+            if rank == 0 or s.dedup:
+                unseen = load(s.data, s.data_dir, "val", config.image_size, seed=s.seed)  # its faults should show now, not at the end
+            if s.dedup:
+                data = without_duplicates(data, unseen)
         if world > 1:
             dist.barrier()
     if not checkpoint:
