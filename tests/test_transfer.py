@@ -289,7 +289,7 @@ def test_a_checkpoint_without_what_a_task_needs_is_one_clear_line(task, changes,
     model, tokenizer, settings = toy_checkpoint(**changes)
     with pytest.raises(Unfit, match=message):
         evaluate(model, tokenizer, settings, [task], strict=True)
-    assert set(evaluate(model, tokenizer, settings, [task])) == {"data", "images"}
+    assert set(evaluate(model, tokenizer, settings, [task])) == {"data"}
     assert message in capsys.readouterr().err
 
 
@@ -313,6 +313,12 @@ def test_positions_are_interpolated_in_two_dimensions(side, grid, seed):
     square = position.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)  # rows for columns, before or after
     after = resize_positions(position, grid).unflatten(0, (grid, grid)).transpose(0, 1).flatten(0, 1)
     torch.testing.assert_close(resize_positions(square, grid), after)
+
+
+def test_positions_between_two_patches_lie_between_theirs():
+    ramp = torch.arange(4.0).expand(4, 4).reshape(16, 1)
+    finer = resize_positions(ramp, 8).unflatten(0, (8, 8))[..., 0]
+    assert (finer.diff(dim=1) > 0).all() and finer.diff(dim=0).abs().max() < 1e-5
 
 
 def checkpoint_of(out):
