@@ -198,14 +198,13 @@ def entailment(size, count, seed=0):
     for i in tqdm(range(count), "drawing captions", leave=False):
         rng = np.random.default_rng([seed, len(SPLITS) + 1, i])
         things = place(rng, rng.permutation(4)[:2])
-        text = true = describe(things)[0]
+        text = describe(things)[0]
         holds.append(rng.integers(2))
-        while not holds[-1] and text == true:
+        while not holds[-1] and text in describe(things):
             k, wrong = rng.integers(2), place(rng, [rng.integers(4)])[0]
             field = rng.choice(["size", "colour", "shape", "place"])
             change = dict(x=wrong.x, y=wrong.y) if field == "place" else {field: getattr(wrong, field)}
             text = describe([thing._replace(**change) if j == k else thing for j, thing in enumerate(things)])[0]
-            text = true if text in describe(things) else text
         images.append(draw(things, rng, size))
         texts.append([text])
     return Dataset(np.stack(images), texts, np.array(holds), ["does not hold", "holds"])

@@ -342,7 +342,7 @@ def main(argv=None):
             if rank == 0 or s.dedup:
                 unseen = load(s.data, s.data_dir, "val", config.image_size, seed=s.seed)  # its faults should show now, not at the end
             if s.dedup:
-                data = without_duplicates(data, unseen)
+                data = without_duplicates(data, unseen, mirrored=data.augment)  # training shows mirror images too
         if world > 1:
             dist.barrier()
     if not checkpoint:
