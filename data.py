@@ -578,8 +578,7 @@ def thumbnails(images):
     for i in range(0, len(images), 2000):
         x = torch.from_numpy(np.ascontiguousarray(images[i:i + 2000])).float()
         x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
-        x = x - x.mean(1, keepdim=True)
-        parts.append(F.normalize(x * (x.norm(dim=1, keepdim=True) > 1)))  # an image of one colour is like no other
+        parts.append(F.normalize(x - x.mean(1, keepdim=True)))
     return torch.cat(parts).numpy()
 
 
