@@ -386,7 +386,8 @@ def video_task(s, frames=8):
         need(len(unseen), f"{s.clips}: no clips left for evaluation; give more")
     else:
         (data, moves), (unseen, unseen_moves) = (moving_shapes(split, s.size, count, s.settings["seed"], frames)
-                                                 for split, count in (("labelled", 800), ("labelled-val", 400)))
+                                                 for split, count in (("labelled", 300), ("labelled-val", 400)))
+    torch.manual_seed(s.settings["seed"])
     fresh = CoCa(s.model.config).to(s.model.log_temperature.device)
     rows = {f"video, {name}": row(transfer(model, clip_tokens, s.head(data), tensors(data), tensors(unseen), recipe, name),
                                   1 / len(data.classes))
