@@ -540,8 +540,8 @@ def own_clips(data_dir, size, frames):
             raise DataError(f"{path}: a clip without frames; put images into it or remove it")
         for i, k in enumerate(sample_frames(len(found), frames)):
             clips[n, i] = read_image(found[k], size) if path.is_dir() else resize(found[k].transpose(2, 0, 1)[None], size)[0]
-    labels, held = np.array([classes.index(path.parent.name) for path in paths]), held_out(paths)
-    held = np.array([path in held for path in paths])
+    labels, apart = np.array([classes.index(path.parent.name) for path in paths]), held_out(paths)
+    held = np.array([path in apart for path in paths])
     return tuple(Dataset(clips[rows], [[]] * rows.sum(), labels[rows], classes) for rows in (~held, held))
 
 
@@ -614,7 +614,8 @@ def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
     which, similarity, copied = np.full(len(mine), -1), np.zeros(len(mine)), np.zeros(M, bool)
     for own, others in zip(tqdm(buckets(mine).T, "looking for duplicates", leave=False), buckets(probes).T):
         order = others.argsort(kind="stable")
-        first, end = (np.searchsorted(others[order], own, side) for side in ("left", "right"))
+        sorted_others = others[order]
+        first, end = (np.searchsorted(sorted_others, own, side) for side in ("left", "right"))
         count = (end - first).clip(max=200)  # a bucket of hundreds holds copies of one image: some of them do
         for rows in np.array_split(np.arange(len(mine)), count.sum() // 1_000_000 + 1):
             n = count[rows]

@@ -13,6 +13,7 @@ The chance level stands beside each score.
 """
 import argparse  # noqa: I001 (the long import below stays two lines)
 import base64
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -307,6 +308,16 @@ class Subject:
     def image_embedding(self):
         return embed_images(self.model, self.val.images)
 
+    @functools.cached_property
+    def labelled(self):
+        return self.load("labelled"), self.load("labelled-val")
+
+    def zero_shot(self):
+        """-> predicted classes (N,), and the labelled images they are predicted for."""
+        data = self.load("zeroshot")
+        embedding = embed_images(self.model, data.images) if self.name == "shapes" else self.image_embedding  # else they are val's
+        return zero_shot(embedding, self.model, self.tokenizer, data).cpu().numpy(), data
+
     def head(self, data, **how):
         """A new head for data's classes, the same in every run."""
         torch.manual_seed(self.settings["seed"])
@@ -325,10 +336,8 @@ def row(score, chance):
 
 def zero_shot_task(s):
     s.needs_contrast()
-    data = s.load("zeroshot")
-    embedding = embed_images(s.model, data.images) if s.name == "shapes" else s.image_embedding  # elsewhere they are the validation images
-    right = zero_shot(embedding, s.model, s.tokenizer, data).cpu() == torch.from_numpy(data.labels)
-    return {"zero-shot top-1": row(right.float().mean().item(), 1 / len(data.classes))}
+    predicted, data = s.zero_shot()
+    return {"zero-shot top-1": row((predicted == data.labels).mean().item(), 1 / len(data.classes))}
 
 
 def retrieval_rows(embedding, s, captions, image="image"):
@@ -367,14 +376,14 @@ def captioning_task(s, captioned=1000):
 
 def frozen_task(s):
     """Sec. 3.3 "Frozen-feature evaluation": the encoder's tokens, read by a linear probe and by a new pooler."""
-    data, unseen = s.load("labelled"), s.load("labelled-val")
+    data, unseen = s.labelled
     return {f"frozen, {name}": row(transfer(s.model, image_tokens, s.head(data, pooled=pooled), tensors(data), tensors(unseen),
                                             FROZEN, name), 1 / len(data.classes))
             for name, pooled in (("linear probe", False), ("new pooler", True))}
 
 
 def finetuned_task(s):
-    data, unseen = s.load("labelled"), s.load("labelled-val")
+    data, unseen = s.labelled
     score = transfer(s.model, image_tokens, s.head(data), tensors(data), tensors(unseen), FINETUNED, "finetuning")
     return {"finetuned": row(score, 1 / len(data.classes))}
 
@@ -383,7 +392,7 @@ def video_task(s, frames=8):
     """Sec. 3.3 "CoCa for Video Action Recognition": frozen, finetuned, and the same encoder without pretraining."""
     if s.clips:
         data, unseen = own_clips(s.clips, s.size, frames)
-        need(len(unseen), f"{s.clips}: no clips left for evaluation; give more")
+        need(len(data), f"{s.clips}: no clips left to learn from; give more")
     else:
         (data, moves), (unseen, unseen_moves) = (moving_shapes(split, s.size, count, s.settings["seed"], frames)
                                                  for split, count in (("labelled", 300), ("labelled-val", 400)))
@@ -684,22 +693,19 @@ def html_report(args, model, tokenizer, checkpoint, scores, settings=None):
     c, sections = model.config, {}
     facts = {**checkpoint["settings"], "step": checkpoint["step"], **dataclasses.asdict(c)}.items()
     if settings:
-        name, where = settings["data"], dict(data_dir=settings["data_dir"], size=c.image_size, seed=settings["seed"])
-        data = load(name, split="val", **where)
-        some, embedding = spread(len(data), 8), embed_images(model, data.images)
+        subject = Subject(model, tokenizer, settings)
+        data, some = subject.val, spread(len(subject.val), 8)
         images, names = data.images[some], [f"true: {data.captions[i][0]}" for i in some]
-        sections["Scores"] = [table(f"{name}, {len(data):,} validation images", ["task", "score", "chance"], [
+        sections["Scores"] = [table(f"{subject.name}, {len(data):,} validation images", ["task", "score", "chance"], [
             [task, tinted(value["score"], f"{value['score']:.2%}", "bar"), f"{value['chance']:.2%}"]
             for task, value in scores.items() if isinstance(value, dict)])]
     else:
         images, names = np.stack([read_image(Path(file), c.image_size) for file in args.image]), args.image
     sections["Loss curves"] = loss_curves(Path(args.checkpoint).parent / "metrics.csv")
     if settings and c.lambda_con:
-        labelled = load(name, split="zeroshot", **where) if name == "shapes" else data
-        if labelled.classes:
-            seen = embedding if labelled is data else embed_images(model, labelled.images)
-            sections["Zero-shot classification"] = confusions(zero_shot(seen, model, tokenizer, labelled).cpu().numpy(), labelled)
-        sections["Retrieval"] = nearest(embedding, model, tokenizer, data)
+        with contextlib.suppress(Unfit):  # no classes
+            sections["Zero-shot classification"] = confusions(*subject.zero_shot())
+        sections["Retrieval"] = nearest(subject.image_embedding, model, tokenizer, data)
     elif settings:
         sections["Scores"].append(tag("p", "lambda_con is 0: images and texts share no space, classification and retrieval mean nothing."))
     sections["Captions and attention"] = [tag("p", (
