@@ -1,39 +1,43 @@
 """CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., TMLR 2022, arXiv 2205.01917).
 
-One model that is at once a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1):
-an image encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half
-never looks at the image and gives the text embedding of a contrastive loss; the upper (multimodal)
-half reads the image and writes the caption. One forward pass serves both losses.
+    python coca.py      a guided tour of one forward pass: what flows where, the mask, both losses, the sizes
 
-Where to find what
-    CoCaConfig, CONFIGS       Table 1 (sizes), Sec. 4.1 (resolution, vocabulary)
-    attention, Attention      Sec. 3.2 (causal masking; cross-attention)
-    ImageEncoder              Sec. 3.2, Table 1 (ViT)
-    AttentionalPooler         Sec. 3.2 "Attentional poolers"; Table 8f: cascade / parallel / n_query
-    UnimodalDecoder           Sec. 3.2 "Decoupled text decoder and CoCa architecture"; Table 8d: n_uni; Table 8e: one [CLS]
-    MultimodalDecoder         the same
-    (label cross-entropy)     Eq. (1): a caption made of class names turns it into Eq. (3); Table 8a
-    contrastive_loss          Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"
-    captioning_loss           Eq. (3), Sec. 3.1 "Encoder-decoder captioning"
-    CoCa.losses               Eq. (4), Sec. 3.2; Table 8b (each loss alone), Table 8c (the lambdas)
-    CoCa.encode_*             Sec. 3.3 "Zero-shot transfer" (used in eval.py); retrieval: Table 3, ImageNet: Table 4
-    Head                      Sec. 3.3 "Frozen-feature evaluation", "CoCa for Video Action Recognition"; Sec. 4.2
-    CoCa.decode               Sec. 4.2, Table 10 (what the head reads in multimodal understanding)
-    CoCa.generate             captioning, Table 7
+One model that is at once a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1): an image
+encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half never looks
+at the image and gives the text embedding of a contrastive loss; the upper (multimodal) half reads the
+image and writes the caption. One forward pass serves both losses.
+
+Where to find what                                                                            runs in
+    CoCaConfig, CONFIGS     Table 1 (sizes), Sec. 4.1 (resolution, vocabulary)
+    causal_mask, attention  Sec. 3.2: who may look at whom, written out; Attention asks torch for the same
+    ImageEncoder            Sec. 3.2, Table 1: a ViT                                          training
+    AttentionalPooler       Sec. 3.2 "Attentional poolers"; Table 8f: CoCa.pool_image         training
+    UnimodalDecoder         Sec. 3.2 "Decoupled text decoder"; Table 8d: n_uni; 8e: one [CLS] training
+    MultimodalDecoder       the same                                                          training
+    contrastive_loss        Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"             training
+    captioning_loss         Eq. (3), Sec. 3.1 "Encoder-decoder captioning"                    training
+    CoCa.losses             Eq. (4), Sec. 3.2; Table 8b (one loss alone), Table 8c (lambdas)  training
+    CoCa.encode_image/_text Sec. 3.3 "Zero-shot transfer", Tables 3 and 4                     evaluation
+    Classifier              Eq. (1), trained on frozen or finetuned features: Sec. 3.3, 4.2   evaluation
+    CoCa.decode             Sec. 4.2 "Multimodal understanding": what a Classifier reads      evaluation
+    CoCa.generate           captioning, Table 7                                               generation
+(Eq. (1) as Table 8a has it, labels read as text, is Eq. (3) on captions made of class names.)
 
 Dimension letters
     B batch   P image tokens (patches)   Q pooled image tokens (n_query)   L text tokens   D width
-    E embedding (= D)   H heads   d = D / H   V vocabulary   T real target tokens in the batch   N pairs
+    E embedding (= D)   H heads   d = D / H   V vocabulary   N pairs that a loss compares
 
 Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (the image's start as 2-D
 sinusoids); heads of the poolers = heads of the model; LayerNorm after each pooler and before the text
 embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees exactly the real
 tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean over the batch's
-target tokens; no dropout; temperature bounded to [0.01, 1]; text of 64 tokens for the paper's sizes;
-pixels scaled to [-1, 1]; initial values (CoCa.init_parameters).
+target tokens; no dropout; temperature within [0.01, 1]; texts of 64 tokens for the paper's sizes;
+initial values (CoCa.init_parameters). And where it is not: images with the same caption are each
+other's positives in Eq. (2) (contrastive_loss says why).
 """
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # the four special tokens; a caption is BEGIN words... END PAD...
+PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # special tokens; a caption is BEGIN words ... END PAD ...
 
 # ------------------------------------------------------------------------------------------------
 # Sizes: Table 1
@@ -49,20 +53,20 @@ PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # the four special tokens; a caption is B
 
 @dataclass
 class CoCaConfig:
-    """Sizes of a CoCa, tiny by default. Comment: meaning | the paper's Base. ValueError if they don't fit."""
+    """Sizes of a CoCa, tiny by default. Comments: meaning | the paper's Base. ValueError if they do not fit."""
 
-    image_size: int = 32  # pixels, square | 288, then 576
-    patch_size: int = 4  # pixels, square | 18
+    image_size: int = 32  # pixels a side | 288, then 576
+    patch_size: int = 4  # pixels a side | 18
     width: int = 128  # D of encoder, poolers and decoder alike | 768
-    heads: int = 4  # | 12
+    heads: int = 4  # H | 12
     encoder_layers: int = 4  # | 12
-    encoder_mlp: int = 0  # hidden units of the encoder's FFN, 0 = 4 x width | 3072
+    encoder_mlp: int = 0  # hidden units of the encoder's MLPs, 0 = 4 x width | 3072
     n_uni: int = 2  # unimodal decoder layers | 12
     n_multi: int = 2  # multimodal decoder layers | 12
-    decoder_mlp: int = 0  # hidden units of the decoder's FFN, 0 = 4 x width | 3072
-    n_query: int = 16  # queries of the generative pooler, 0 = decoder reads all P image tokens | 256
-    pooler: str = "cascade"  # contrastive pooler on top of the generative one, or "parallel" | cascade
-    vocab_size: int = 4096  # with the four special tokens | 64,000
+    decoder_mlp: int = 0  # hidden units of the decoder's MLPs, 0 = 4 x width | 3072
+    n_query: int = 16  # Q, queries of the generative pooler, 0 = the decoder reads all P image tokens | 256
+    pooler: str = "cascade"  # the contrastive pooler reads the generative one's output, or "parallel" | cascade
+    vocab_size: int = 4096  # V, with the four special tokens | 64,000
     text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated
     lambda_con: float = 1.0  # weight of Eq. (2) in Eq. (4); 0 = an image captioner | 1
     lambda_cap: float = 2.0  # weight of Eq. (3) in Eq. (4); 0 = a dual encoder like CLIP | 2
@@ -85,137 +89,138 @@ class CoCaConfig:
             raise ValueError("lambda_con and lambda_cap are both 0: nothing would be learned")
 
 
-_paper = dict(image_size=288, patch_size=18, n_query=256, vocab_size=64_000, text_len=64)
+_base = CoCaConfig(image_size=288, patch_size=18, width=768, heads=12, encoder_layers=12, n_uni=12,
+                   n_multi=12, n_query=256, vocab_size=64_000, text_len=64)
 CONFIGS = {
     "tiny": CoCaConfig(),
-    "base": CoCaConfig(width=768, heads=12, encoder_layers=12, n_uni=12, n_multi=12, **_paper),
-    "large": CoCaConfig(width=1024, heads=16, encoder_layers=24, n_uni=12, n_multi=12, **_paper),
-    "giant": CoCaConfig(width=1408, heads=16, encoder_layers=40, n_uni=18, n_multi=18,
-                        encoder_mlp=6144, decoder_mlp=5632, **_paper),  # the only size with two MLP widths
+    "base": _base,
+    "large": replace(_base, width=1024, heads=16, encoder_layers=24, encoder_mlp=4096, decoder_mlp=4096),
+    "giant": replace(_base, width=1408, heads=16, encoder_layers=40, n_uni=18, n_multi=18,
+                     encoder_mlp=6144, decoder_mlp=5632),
     "bench-tiny": CoCaConfig(width=192, heads=3, encoder_layers=6, n_uni=3, n_multi=3, n_query=64, vocab_size=1024),
-    "bench-small": CoCaConfig(image_size=64, patch_size=8, width=384, heads=6, encoder_layers=12, n_uni=6, n_multi=6, n_query=64),
+    "bench-small": CoCaConfig(image_size=64, patch_size=8, width=384, heads=6, encoder_layers=12,
+                              n_uni=6, n_multi=6, n_query=64),
 }
+TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}  # millions: encoder, decoder; poolers not counted
 
 # ------------------------------------------------------------------------------------------------
 # Attention
+
+
+def causal_mask(L, device=None):
+    """(L, L) bool, True = the token of that row may look at the token of that column: at itself and what is before.
+
+    In the unimodal decoder, for "a red ring" in a batch whose longest caption has one word more:
+
+                    <begin>   a   red  ring  <end>  [CLS]  <pad>
+        <begin>        x      .    .     .     .      .      .
+        a              x      x    .     .     .      .      .
+        red            x      x    x     .     .      .      .
+        ring           x      x    x     x     .      .      .
+        <end>          x      x    x     x     x      .      .
+        [CLS]          x      x    x     x     x      x      .     becomes the text embedding
+        <pad>          x      x    x     x     x      x      x     is read by nobody
+
+    Because [CLS] stands right behind the last real token, this one mask lets it see every real token and
+    itself and no padding, and lets no token see it: no other mask is needed.
+    """
+    return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
 def attention(q, k, v, causal=False, valid=None):
     """softmax(q k^T / sqrt(d)) v, written out: the definition. torch's fused kernel computes the same.
 
     q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d) and the weights (B, H, Lq, Lk).
-    causal: the queries are the last Lq of Lk positions, and none may look at a later one.
-    valid (B, Lk): True = may be attended to.
+    causal: only what causal_mask allows (Lq = Lk). valid (B, Lk): True = may be looked at.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])           # (B, H, Lq, Lk)
     if causal:
-        Lq, Lk = scores.shape[-2:]
-        allowed = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # True = may attend
-        scores = scores.masked_fill(~allowed, -math.inf)  # -inf, not a big number: weights are exactly 0
+        allowed = causal_mask(len(scores[0, 0]), q.device)              # (L, L)
+        scores = scores.masked_fill(~allowed, -math.inf)  # -inf, not a large number: weights are exactly 0
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], -math.inf)
     weights = scores.softmax(-1)
     return weights @ v, weights
 
 
-def again(function, *inputs):
-    """function(*inputs), but what it keeps for backward is forgotten and computed again there, up to what is needed."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 class Cache:
-    """Keys and values that generation need not compute again, of at most `room` positions, by Attention module."""
+    """Keys and values that generation has computed already, for each attention layer."""
 
-    def __init__(self, room):
-        self.room, self.start, self.kept = room, 0, {}  # start: how many positions are done
-        # kept: (B, 2, H, room, d) for self-attention, (B, 2, H, Lk, d) for cross-attention
+    def __init__(self):
+        self.stored = {}  # Attention -> k, v
 
-    def extend(self, module, k, v):
-        """k and v (B, H, L, d) of positions start, start + 1, ... -> those of all positions so far."""
-        B, H, L, d = k.shape
-        if module not in self.kept:
-            self.kept[module] = k.new_empty(B, 2, H, self.room, d)
-        all_kv = self.kept[module][:, :, :, :self.start + L]
-        all_kv[:, 0, :, self.start:], all_kv[:, 1, :, self.start:] = k, v
-        return all_kv.unbind(1)
-
-    def select(self, rows):
-        """Keeps these rows of the batch only."""
-        self.kept = {module: kv[rows] for module, kv in self.kept.items()}
+    def keys_values(self, layer, source, grows):
+        """k, v of all tokens so far. grows: source is one more token (self-attention); else it is what it was (the image)."""
+        if layer not in self.stored:
+            self.stored[layer] = layer.keys_values(source)
+        elif grows:
+            k, v = self.stored[layer]
+            new_k, new_v = layer.keys_values(source)
+            self.stored[layer] = torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)
+        return self.stored[layer]
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Sec. 3.2), of x to itself or, with a context, of x to the context."""
+    """Multi-head attention (Sec. 3.2) of x to itself or, with a context, of x to the context."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)  # rows: q, k, v; one product when all three read x
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, context=None, causal=False, cache=None, return_weights=False, valid=None):
+    def split(self, x):
+        """(B, L, D) -> (B, H, L, d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, source):
+        """(B, Lk, D) -> k and v, (B, H, Lk, d) each."""
+        k, v = self.kv(source).chunk(2, -1)
+        return self.split(k), self.split(v)
+
+    def forward(self, x, context=None, causal=False, cache=None, valid=None, return_weights=False):
         """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D), with return_weights also (B, H, Lq, Lk).
 
-        A learned x comes once, (1, Lq, D), for all of a context's batch. cache: a Cache; x is then what
-        follows the earlier calls' x, and the context of the first call stays. valid (B, Lk): True = may be attended to.
+        cache: a Cache, in generation; x is then the one token that follows those of the earlier calls, and
+        may look at all of them. valid (B, Lk): True = may be looked at.
         """
-        def heads(t, parts):  # (B, L, parts * D) -> parts x (B, H, L, d), without copies
-            return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in t.chunk(parts, -1)]
-
-        if context is None:
-            q, k, v = heads(self.qkv(x), 3)                             # 3 x (B, H, Lq, d)
-            if cache is not None:
-                k, v = cache.extend(self, k, v)                         # 2 x (B, H, Lk, d)
+        source = x if context is None else context                      # (B, Lk, D)
+        q = self.split(self.q(x))                                       # (B, H, Lq, d)
+        if cache is None:
+            k, v = self.keys_values(source)                             # (B, H, Lk, d) each
         else:
-            D = x.shape[-1]
-            W, b = self.qkv.weight, self.qkv.bias
-            (q,) = heads(F.linear(x, W[:D], b[:D]), 1)                  # (B, H, Lq, d)
-            if cache is None or self not in cache.kept:
-                k, v = heads(F.linear(context, W[D:], b[D:]), 2)        # 2 x (B, H, Lk, d)
-                if cache is not None:
-                    cache.kept[self] = torch.stack([k, v], 1)
-            else:
-                k, v = cache.kept[self].unbind(1)
-            q = q.expand(len(k), -1, -1, -1)
-        Lq, Lk = q.shape[2], k.shape[2]
-        causal = causal and Lq > 1  # a single query is the last position: it may look everywhere
+            k, v = cache.keys_values(self, source, grows=context is None)
+            causal = False  # one token, the last: nothing comes later
         weights = None
-        if return_weights or valid is not None or causal and Lq < Lk:  # the fused kernel counts positions from the first key
-            x, weights = attention(q, k, v, causal, valid)
+        if return_weights or valid is not None:
+            x, weights = attention(q, k, v, causal, valid)              # (B, H, Lq, d)
         else:
+            # The causal mask of training: is_causal asks the fused kernel for causal_mask, without building it
             x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = self.out(x.transpose(1, 2).flatten(2))                      # (B, Lq, D)
         return (x, weights) if return_weights else x
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm transformer layer: self-attention, cross-attention if asked for, one two-matrix FFN."""
-
-    recompute = False  # forget activations, and compute them again in backward
+    """Pre-LayerNorm transformer layer: self-attention, cross-attention if asked for, an MLP of two matrices."""
 
     def __init__(self, width, heads, mlp, cross=False):
         super().__init__()
-        self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
+        self.self_norm = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
         if cross:
-            self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, heads)
-        self.norm3 = nn.LayerNorm(width)
+            self.cross_norm = nn.LayerNorm(width)
+            self.cross_attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
 
     def forward(self, x, context=None, causal=False, cache=None):
-        if self.recompute:
-            return again(self.run, x, context, causal, cache)
-        return self.run(x, context, causal, cache)
-
-    def run(self, x, context=None, causal=False, cache=None):
-        x = x + self.self_attention(self.norm1(x), causal=causal, cache=cache)
+        """x (B, L, D), context (B, Lk, D) -> (B, L, D)."""
+        x = x + self.self_attention(self.self_norm(x), causal=causal, cache=cache)
         if context is not None:
-            x = x + self.cross_attention(self.norm2(x), context, cache=cache)
-        hidden = self.mlp[0](self.norm3(x))                             # (B, L, mlp)
-        if causal:  # text is short: doing its GELU again in backward costs 2 to 3 % of a step, and saves 7 % of the memory
-            return x + again(lambda hidden: self.mlp[2](self.mlp[1](hidden)), hidden)
-        return x + self.mlp[2](self.mlp[1](hidden))
+            x = x + self.cross_attention(self.cross_norm(x), context, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,22 +228,25 @@ class Block(nn.Module):
 
 
 def sinusoids_2d(grid, width):
-    """(grid * grid, width): where the learned image positions start. Neighbours start out alike."""
+    """(grid * grid, width): half of the channels say the row, half the column. Neighbours are alike."""
     frequency = 10000 ** -(torch.arange(width // 4) / max(width // 4, 1))
     angle = torch.arange(grid)[:, None] * frequency                     # (grid, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], -1)                     # (grid, D/2)
-    rows, columns = one[:, None].expand(-1, grid, -1), one[None].expand(grid, -1, -1)
-    return F.pad(torch.cat([rows, columns], -1).flatten(0, 1), (0, width - 4 * (width // 4)))
+    place = torch.cat([angle.sin(), angle.cos()], -1)                   # (grid, D/2)
+    rows = place[:, None].expand(-1, grid, -1)                          # (grid, grid, D/2)
+    columns = place[None].expand(grid, -1, -1)                          # (grid, grid, D/2)
+    positions = torch.cat([rows, columns], -1).flatten(0, 1)            # (P, D), or less if 4 does not divide D
+    return F.pad(positions, (0, width - positions.shape[1]))
 
 
 def resize_positions(position, grid):
-    """Learned positions of a square grid (P, D) -> (grid * grid, D), for images of another size (Sec. 4.1: 288, then 576)."""
-    square = position.T.unflatten(1, (math.isqrt(len(position)), -1))   # (D, h, w)
+    """Learned positions (P, D) of a square grid -> (grid * grid, D): for images of another size (Sec. 4.1: 576 after 288)."""
+    side = math.isqrt(len(position))
+    square = position.T.unflatten(1, (side, side))                      # (D, side, side)
     return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
 
 
 class ImageEncoder(nn.Module):
-    """ViT without a class token (Sec. 3.2, Table 1): poolers, not a class token, summarise its tokens."""
+    """ViT without a class token (Sec. 3.2, Table 1): the poolers, not a class token, summarise its tokens."""
 
     def __init__(self, c):
         super().__init__()
@@ -248,50 +256,39 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     def forward(self, images):
-        x = self.patches(images)                                        # (B, D, h, w)
+        """images (B, 3, S, S) -> image tokens (B, P, D)."""
+        x = self.patches(images)                                        # (B, D, rows, columns)
         if x[0, 0].numel() != len(self.position):
-            raise ValueError(f"images of {tuple(images.shape[2:])} pixels, but the model is made for {len(self.position)} patches")
-        x = x.flatten(2).transpose(1, 2) + self.position                # (B, P, D)
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels, "
+                             f"but the model is made for {len(self.position)} patches")
+        x = x.flatten(2).transpose(1, 2)                                # (B, P, D)
+        x = x + self.position
         for block in self.blocks:
             x = block(x)
         return self.norm(x)                                             # (B, P, D)
 
 
 class AttentionalPooler(nn.Module):
-    """A single multi-head attention layer with n_query learned queries (Sec. 3.2). No FFN, no residual."""
+    """A single multi-head attention layer with n_query learned queries (Sec. 3.2); no MLP, no residual.
+
+    It adapts one encoder to two tasks: 256 queries keep what a caption needs, one query what a global
+    comparison needs. At 288 pixels it saves nothing (256 patches, 256 queries); at 576 the decoder reads
+    256 tokens instead of 1,024.
+    """
 
     def __init__(self, width, heads, n_query):
         super().__init__()
-        self.query = nn.Parameter(torch.empty(n_query, width))
+        self.query = nn.Parameter(torch.randn(n_query, width))  # far apart: they ask for different things from the start
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.query)  # far apart, to ask for different things from the start
 
-    def forward(self, tokens, return_weights=False, valid=None):
-        """tokens (B, P, D), valid (B, P) True = not a pad -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
+    def forward(self, tokens, valid=None, return_weights=False):
+        """tokens (B, P, D), valid (B, P) True = no pad -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
+        query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
         if return_weights:
-            x, weights = self.attention(self.query[None], tokens, return_weights=True, valid=valid)
+            x, weights = self.attention(query, tokens, valid=valid, return_weights=True)
             return self.norm(x), weights
-        return self.norm(self.attention(self.query[None], tokens, valid=valid))  # (B, Q, D)
-
-
-class Head(nn.Module):
-    """What a task learns (Sec. 3.3, 4.2): a *new* one-query pooler and a linear classifier. pooled=False: a linear
-    probe, on the mean token. frames: learn a temporal embedding, which the paper's late fusion does without."""
-
-    def __init__(self, width, heads, classes, pooled=True, frames=0):
-        super().__init__()
-        self.pooler = AttentionalPooler(width, heads, 1) if pooled else None
-        self.time = nn.Parameter(torch.randn(frames, 1, width)) if frames else None
-        self.classifier = nn.Linear(width, classes)
-
-    def forward(self, tokens, valid=None):
-        """tokens (B, P, D), or of clips (B, frames, P, D); valid (B, P) True = not a pad -> logits (B, classes)."""
-        if self.time is not None:
-            tokens = tokens + self.time
-        tokens = tokens.flatten(1, -2)                                  # (B, frames * P, D): one query reads all
-        pooled = tokens.mean(1) if self.pooler is None else self.pooler(tokens, valid=valid)[:, 0]
-        return self.classifier(pooled)                                  # (B, classes)
+        return self.norm(self.attention(query, tokens, valid=valid))    # (B, Q, D)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,7 +296,12 @@ class Head(nn.Module):
 
 
 class UnimodalDecoder(nn.Module):
-    """The n_uni lower layers: causal self-attention only. A learned [CLS] after the last real token."""
+    """The n_uni lower layers: causal self-attention only, and a learned [CLS] behind the last real token.
+
+    [CLS] goes last because only the last token sees the whole text under a causal mask. It has no position:
+    its place would say how long the text is, or worse, how long the longest of the batch is. The multimodal
+    half never gets it: there is nothing left to predict after END.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -310,38 +312,39 @@ class UnimodalDecoder(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     def embed(self, tokens, start=0):
+        """tokens (B, L), the first of them at position `start` -> (B, L, D)."""
         end = start + tokens.shape[1]
         if end > len(self.position):
             raise ValueError(f"a text of {end} tokens is longer than text_len {len(self.position)}")
         return self.token(tokens) + self.position[start:end]            # (B, L, D)
 
-    def extend(self, tokens, cache):
-        """tokens (B, L) that follow those in the cache -> their states (B, L, D); no [CLS]."""
-        x = self.embed(tokens, cache.start)
+    def insert_cls(self, x, length):
+        """Embedded tokens x (B, L, D), length (B,) of each text -> (B, L + 1, D) with [CLS] at place `length`."""
+        is_cls = torch.arange(x.shape[1] + 1, device=x.device) == length[:, None]  # (B, L + 1)
+        return torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))
+
+    def forward(self, tokens):
+        """tokens (B, L) -> states (B, L, D) of the tokens, LayerNorm-ed state (B, D) of [CLS]."""
+        B, L = tokens.shape
+        length = (tokens != PAD).sum(1)                                 # (B,)
+        x = self.insert_cls(self.embed(tokens), length)                 # (B, L + 1, D)
+        for block in self.blocks:
+            x = block(x, causal=True)                                   # (B, L + 1, D)
+        cls = x[torch.arange(B, device=x.device), length]               # (B, D)
+        is_pad = torch.arange(L, device=x.device) >= length[:, None]    # (B, L)
+        states = torch.where(is_pad[..., None], x[:, 1:], x[:, :-1])    # (B, L, D): [CLS] taken out, pads move up
+        return states, self.norm(cls)
+
+    def extend(self, tokens, start, cache):
+        """The one token (B, 1) at position `start`, after those in the cache -> its state (B, 1, D). No [CLS]."""
+        x = self.embed(tokens, start)                                   # (B, 1, D)
         for block in self.blocks:
             x = block(x, causal=True, cache=cache)
         return x
 
-    def forward(self, tokens):
-        """tokens (B, L) -> states (B, L, D) of the tokens, LayerNorm-ed state (B, D) of [CLS].
-
-        [CLS] stands right behind each row's last real token, so the plain causal mask already lets it
-        see every real token and itself, no padding, and no real token sees it: no mask tensor at all.
-        (Among the states of a padded row it takes a pad's place, where no loss looks.)
-        """
-        B, L = tokens.shape
-        x = self.embed(tokens)                                          # (B, L, D)
-        length = (tokens != PAD).sum(1)                                 # (B,)
-        is_cls = torch.arange(L + 1, device=tokens.device) == length[:, None]
-        x = torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))  # (B, L + 1, D)
-        for block in self.blocks:
-            x = block(x, causal=True)                                   # (B, L + 1, D)
-        cls = x[torch.arange(B, device=x.device), length]               # (B, D)
-        return x[:, :L], self.norm(cls)                                 # (B, L, D), (B, D)
-
 
 class MultimodalDecoder(nn.Module):
-    """The n_multi upper layers: causal self-attention, cross-attention to the image, FFN; then the softmax."""
+    """The n_multi upper layers: causal self-attention, cross-attention to the image, MLP; then the softmax."""
 
     def __init__(self, c):
         super().__init__()
@@ -350,51 +353,51 @@ class MultimodalDecoder(nn.Module):
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding: Table 1's counts
 
     def forward(self, states, caption_tokens, cache=None):
-        """states (B, L, D) of the unimodal half, caption_tokens (B, Q, D) of the image -> (B, L, D)."""
+        """states (B, L, D) of the unimodal half, caption_tokens (B, Q, D) of the image -> (B, L, D); head makes logits."""
         for block in self.blocks:
             states = block(states, caption_tokens, causal=True, cache=cache)
         return self.norm(states)
 
 
 # ------------------------------------------------------------------------------------------------
-# Losses: Eqs. (2) and (3)
+# Sec. 3.1: losses, Eqs. (2) and (3)
 
 
-BLOCK = 2**25  # elements: 128 MiB of float32
+def at_least_float32(x):
+    """Half precision -> float32, for what autocast must not touch; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def in_blocks(function, rows, width, *inputs):
-    """Sum of function(*inputs[i:j]) over blocks of rows, so that no (rows, width) tensor is ever whole in memory:
-    when there is more than one, each block's work is done again in backward instead of being kept."""
-    size = max(1, BLOCK // width)
-    if rows <= size:
-        return function(*inputs)
-    return sum(again(function, *(t[i:i + size] for t in inputs)) for i in range(0, rows, size))
+def contrast(anchors, candidates, temperature, positives):
+    """One direction of Eq. (2): the mean over anchors of -log softmax(anchor . candidates / sigma) at the positive.
+
+    anchors (n, E), candidates (N, E), temperature sigma > 0, positives (n, N) True = belong together -> scalar.
+    With several positives the target is uniform over them, and its entropy, the log of their number, is
+    taken off, so that 0 can be reached whatever their number (gradients do not change).
+    """
+    with torch.autocast(anchors.device.type, enabled=False):
+        anchors, candidates = at_least_float32(anchors), at_least_float32(candidates)
+        similarity = anchors @ candidates.T / temperature               # (n, N)
+        positives = positives.to(similarity.dtype)                      # (n, N)
+        count = positives.sum(1, keepdim=True)                          # (n, 1)
+        return F.cross_entropy(similarity, positives / count) - count.log().mean()
 
 
 def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=None):
-    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / s)_i + sum_i log softmax_j(y_i.x_j / s)_i).
+    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / sigma)_i + sum_i log softmax_j(y_i.x_j / sigma)_i).
 
-    image_embedding x and text_embedding y (N, E), unit norm; temperature s > 0 -> scalar.
+    image_embedding x and text_embedding y (N, E), unit norm; temperature sigma > 0 -> scalar.
     The two directions are added, as the paper prints it; CLIP averages them (half of this).
-    caption_ids (N,): equal numbers mark identical captions, which are each other's positives: the target
-    is uniform over them, and its entropy, the log of their number, is taken off so that 0 can be
-    reached (gradients do not change). Without it a batch of 64 class names has a floor of 1.9 a direction.
+    caption_ids (N,): equal numbers mark identical captions, which count as each other's positives. The paper
+    has no such rule and hardly needs one. With class names it is needed: of 64 images of 10 classes each
+    has six equal captions in the batch, and Eq. (2) as printed cannot fall below 1.9 a direction.
     """
-    N = len(image_embedding)
     if caption_ids is None:
-        caption_ids = torch.arange(N, device=image_embedding.device)
-
-    def direction(others):
-        def block(own, own_ids):
-            log_p = (own @ others.T / temperature).log_softmax(1)       # (rows, N)
-            same = own_ids[:, None] == caption_ids                      # (rows, N) True = a positive
-            copies = same.sum(1)
-            return -(torch.where(same, log_p, 0).sum(1) / copies + copies.log()).sum()
-        return block
-
-    return (in_blocks(direction(text_embedding), N, N, image_embedding, caption_ids)
-            + in_blocks(direction(image_embedding), N, N, text_embedding, caption_ids)) / N
+        caption_ids = torch.arange(len(image_embedding), device=image_embedding.device)
+    positives = caption_ids[:, None] == caption_ids                     # (N, N)
+    image_to_text = contrast(image_embedding, text_embedding, temperature, positives)
+    text_to_image = contrast(text_embedding, image_embedding, temperature, positives)
+    return image_to_text + text_to_image
 
 
 def number_captions(tokens):
@@ -402,31 +405,26 @@ def number_captions(tokens):
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
 
-def captioning_loss(logits, tokens, head=None):
-    """Eq. (3): -log P(y_t | y_<t, x), as the mean over the batch's real target tokens.
+def captioning_loss(logits, tokens):
+    """Eq. (3): -log P(y_t | y_<t, x), as the mean over the real target tokens of the batch.
 
-    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar. The last may be left out.
-    head: if given, `logits` are states (B, L, D), and head(states) is taken where there is a target only.
+    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar, 0 if nothing is to be predicted.
     """
-    targets = tokens[:, 1:]
+    targets = tokens[:, 1:]                                             # (B, L - 1)
     real = targets != PAD                                               # (B, L - 1) True = counts
-    x, targets = logits[:, :targets.shape[1]][real], targets[real]                    # (T, V) or (T, D), (T,)
-
-    def block(x, targets):
-        return F.cross_entropy(head(x) if head else x, targets, reduction="sum")
-
-    return in_blocks(block, len(x), head.out_features if head else 1, x, targets) / max(1, len(targets))
+    log_p = at_least_float32(logits[:, :-1]).log_softmax(-1)            # (B, L - 1, V)
+    log_p = log_p.gather(-1, targets[..., None])[..., 0]                # (B, L - 1): log P(y_t | y_<t, x)
+    return -(log_p * real).sum() / real.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------
-# The model
+# Sec. 3.2: the model
 
 
 class CoCaOutput(NamedTuple):
     image_embedding: torch.Tensor  # (B, E) unit norm
     text_embedding: torch.Tensor  # (B, E) unit norm
     logits: torch.Tensor  # (B, L, V); logits[:, t] predicts tokens[:, t + 1]
-    states: torch.Tensor  # (B, L, D); logits = head(states); without logits (B, L - 1, D)
 
 
 class Losses(NamedTuple):
@@ -438,7 +436,7 @@ class Losses(NamedTuple):
 class CoCa(nn.Module):
     """Contrastive captioner (Sec. 3.2).
 
-    Images: float (B, 3, H, W) in [-1, 1]. Tokens: int64 (B, L), L <= text_len, right-padded with PAD.
+    Images: float (B, 3, S, S), scaled by data.to_model. Tokens: int64 (B, L), L <= text_len, right-padded with PAD.
     """
 
     def __init__(self, config):
@@ -449,53 +447,51 @@ class CoCa(nn.Module):
         self.contrastive_pooler = AttentionalPooler(c.width, c.heads, 1)
         self.unimodal = UnimodalDecoder(c)
         self.multimodal = MultimodalDecoder(c)
-        self.log_temperature = nn.Parameter(torch.empty(()))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))  # Sec. 4.1
         self.init_parameters()
 
     @torch.no_grad()
     def init_parameters(self):
-        """Matrices: normal, variance 1 / inputs; less, the deeper, where they add to a residual stream (GPT-2).
-        Embedding, softmax, [CLS], text positions: normal(0, 0.02); queries normal(0, 1), to ask for different
-        things from the start. Biases 0, LayerNorm scales 1."""
+        """Initial values; LayerNorms start as torch makes them, pooler queries as AttentionalPooler does."""
         c = self.config
-        for p in self.parameters():
-            p.normal_(std=0.02) if p.dim() else p.fill_(math.log(0.07))
         for module in self.modules():
-            if isinstance(module, AttentionalPooler):
-                module.query.normal_()
-            elif isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)) and module is not self.multimodal.head:
-                module.bias.zero_()
-                if isinstance(module, nn.LayerNorm):
-                    module.weight.fill_(1.0)
-                else:
-                    module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                inputs = module.weight[0].numel()
+                module.weight.normal_(std=inputs ** -0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+        # What adds to a residual stream is made smaller, the more layers add to it (GPT-2)
         for stack, layers in ((self.encoder, c.encoder_layers), (self.unimodal, c.n_uni + c.n_multi),
                               (self.multimodal, c.n_uni + c.n_multi)):
             for name, p in stack.named_parameters():
                 if name.endswith(("attention.out.weight", "mlp.2.weight")):
                     p.div_(math.sqrt(2 * layers))
-        self.encoder.position.copy_(0.2 * sinusoids_2d(c.image_size // c.patch_size, c.width))
-        self.log_temperature.fill_(math.log(0.07))
+        for p in (self.unimodal.token.weight, self.unimodal.position, self.unimodal.cls):
+            p.normal_(std=0.02)
+        self.encoder.position.copy_(sinusoids_2d(c.image_size // c.patch_size, c.width))
 
     @property
     def temperature(self):
-        """sigma of Eq. (2): learned, from 0.07, within [0.01, 1]."""
-        with torch.no_grad():  # bound the parameter itself: clamped in the graph, it would get no gradient outside
-            self.log_temperature.clamp_(math.log(0.01), 0.0)
-        return self.log_temperature.exp()
+        """sigma of Eq. (2): learned, kept within [0.01, 1]: CLIP's bound, and where logits are plain cosines.
+
+        The gradient passes the bounds (a bare clamp would stop it there for good).
+        """
+        bounded = self.log_temperature.clamp(math.log(0.01), 0.0)
+        return (self.log_temperature + (bounded - self.log_temperature).detach()).exp()
 
     def pool_image(self, images):
-        """images -> what the decoder reads (B, Q, D), image_embedding (B, E)."""
+        """images (B, 3, S, S) -> what the decoder reads (B, Q, D), image embedding (B, E)."""
         image_tokens = self.encoder(images)                             # (B, P, D)
-        caption_tokens = image_tokens                                   # n_query 0: no generative pooler
-        if self.generative_pooler is not None:
+        if self.generative_pooler is None:  # n_query 0
+            caption_tokens = image_tokens                               # (B, P, D)
+        else:
             caption_tokens = self.generative_pooler(image_tokens)       # (B, Q, D)
-        source = caption_tokens if self.config.pooler == "cascade" else image_tokens
-        x = self.contrastive_pooler(source)[:, 0]                       # (B, E)
-        return caption_tokens, F.normalize(x, dim=-1)
+        cascade = self.config.pooler == "cascade"  # Table 8f; Figure 2 draws "parallel"
+        pooled = self.contrastive_pooler(caption_tokens if cascade else image_tokens)  # (B, 1, D)
+        return caption_tokens, F.normalize(pooled[:, 0], dim=-1)
 
     def encode_image(self, images):
-        """images (B, 3, H, W) -> image embedding (B, E), unit norm: x of Eq. (2)."""
+        """images (B, 3, S, S) -> image embedding (B, E), unit norm: x of Eq. (2)."""
         return self.pool_image(images)[1]
 
     def encode_text(self, tokens):
@@ -503,67 +499,179 @@ class CoCa(nn.Module):
         return F.normalize(self.unimodal(tokens)[1], dim=-1)
 
     def decode(self, images, tokens):
-        """images (B, 3, H, W), tokens (B, L) -> states of the whole decoder (B, L, D): each token, seen with the image."""
+        """images (B, 3, S, S), tokens (B, L) -> states of the whole decoder (B, L, D): each token, seen with the image."""
         return self.multimodal(self.unimodal(tokens)[0], self.pool_image(images)[0])
 
-    def forward(self, images, tokens, with_logits=True):
-        """images (B, 3, H, W), tokens (B, L) -> CoCaOutput; without logits for training, which needs few of them."""
+    def forward(self, images, tokens):
+        """images (B, 3, S, S), tokens (B, L) -> CoCaOutput: all that both losses need, from one pass."""
         caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
         states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
         text_embedding = F.normalize(cls, dim=-1)                       # (B, E)
-        if not with_logits:
-            states = states[:, :-1]  # the last position has nothing left to predict
-        if with_logits or self.config.lambda_cap:  # a dual encoder in training has no use for the upper half
-            states = self.multimodal(states, caption_tokens)            # (B, L, D)
-        logits = self.multimodal.head(states) if with_logits else None  # (B, L, V)
-        return CoCaOutput(image_embedding, text_embedding, logits, states)
+        states = self.multimodal(states, caption_tokens)                # (B, L, D)
+        logits = self.multimodal.head(states)                           # (B, L, V)
+        return CoCaOutput(image_embedding, text_embedding, logits)
 
     def losses(self, images, tokens):
-        """Eq. (4): lambda_con L_con + lambda_cap L_cap from one forward pass -> Losses."""
-        c, out = self.config, self(images, tokens, with_logits=False)
-        con = contrastive_loss(out.image_embedding, out.text_embedding, self.temperature, number_captions(tokens))
-        cap = captioning_loss(out.states, tokens, self.multimodal.head) if c.lambda_cap else con.new_zeros(())
+        """Eq. (4): lambda_con L_con + lambda_cap L_cap -> Losses. This is what train.py minimises."""
+        c = self.config
+        if c.lambda_cap:
+            image_embedding, text_embedding, logits = self(images, tokens)
+            cap = captioning_loss(logits, tokens)
+        else:  # a dual encoder has no use for the upper half
+            image_embedding, text_embedding = self.encode_image(images), self.encode_text(tokens)
+            cap = image_embedding.new_zeros(())
+        con = contrastive_loss(image_embedding, text_embedding, self.temperature, number_captions(tokens))
         return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
+
+    def recompute_activations(self):
+        """From now on blocks keep no activations for backward but compute them again there: less memory, same gradients."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
     @torch.no_grad()
     def generate(self, images, max_len=None, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-        """Captions of images (B, 3, H, W) -> tokens (B, <= max_len), BEGIN first, PAD after END.
+        """Captions of images (B, 3, S, S) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
         temperature 0 is greedy; else sample from softmax(logits / temperature), among the top_k likeliest
         tokens only (0 = all) and the fewest that hold a share top_p of the probability. ValueError if senseless.
         """
         max_len = self.config.text_len if max_len is None else min(max_len, self.config.text_len)
-        for name, value, fits in (("max_len", max_len, max_len > 0), ("temperature", temperature, temperature >= 0),
-                                  ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1)):
-            if not fits:
-                raise ValueError(f"{name} cannot be {value}")
+        if max_len < 1:
+            raise ValueError(f"max_len must be at least 1, not {max_len}")
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} within (0, 1]")
         caption_tokens, _ = self.pool_image(images)                     # (B, Q, D)
         tokens = torch.full((len(images), max_len), PAD, device=images.device)
         tokens[:, 0] = BEGIN
-        rows, cache, t = torch.arange(len(images), device=images.device), Cache(max_len), 0  # rows: captions still written
+        done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        cache = Cache()
         for t in range(1, max_len):
-            states = self.unimodal.extend(tokens[rows, t - 1:t], cache)
+            states = self.unimodal.extend(tokens[:, t - 1:t], t - 1, cache)  # (B, 1, D)
             states = self.multimodal(states, caption_tokens, cache)     # (B, 1, D)
-            logits = self.multimodal.head(states[:, -1])                # (B, V)
-            done = (tokens[rows, t - 1] == END) | (tokens[rows, t - 1] == PAD)
-            tokens[rows, t] = choose(logits, temperature, top_k, top_p, generator).masked_fill(done, PAD)
-            cache.start = t
-            going = (tokens[rows, t] != END) & (tokens[rows, t] != PAD)
-            if not going.any():
-                break
-            if going.sum() <= 0.75 * len(rows):  # finished captions stop costing, once there are enough to pay for the copy
-                rows, caption_tokens = rows[going], caption_tokens[going]
-                cache.select(going)
-        return tokens[:, :t + 1]
+            logits = self.multimodal.head(states[:, 0])                 # (B, V)
+            chosen = choose(logits, temperature, top_k, top_p, generator)  # (B,)
+            tokens[:, t] = chosen.masked_fill(done, PAD)
+            done |= (chosen == END) | (chosen == PAD)
+            if done.all():
+                return tokens[:, :t + 1]
+        return tokens
 
 
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> next tokens (B,): greedy at temperature 0, else top-k and nucleus (top-p) sampling."""
     if not temperature:
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(-1, descending=True)   # likeliest first
+    logits, order = (logits / temperature).sort(-1, descending=True)    # the likeliest first
     p = logits.softmax(-1)
     if top_k:
         p[:, top_k:] = 0
     p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
     return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.3: what a task learns
+
+
+class Classifier(nn.Module):
+    """A *new* one-query pooler and a linear layer, on the tokens of an encoder or decoder (Sec. 3.3, 4.2).
+
+    Frozen, finetuned and video evaluation read the encoder's tokens: the pretrained poolers are used nowhere.
+    pooled=False: a linear probe, on the mean token. frames: learn a temporal embedding, which the paper's late
+    fusion does without.
+    """
+
+    def __init__(self, width, heads, classes, pooled=True, frames=0):
+        super().__init__()
+        self.pooler = AttentionalPooler(width, heads, 1) if pooled else None
+        self.time = nn.Parameter(torch.randn(frames, 1, width)) if frames else None
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, tokens, valid=None):
+        """tokens (B, P, D), or of clips (B, frames, P, D); valid (B, P) True = no pad -> logits (B, classes)."""
+        if self.time is not None:
+            tokens = tokens + self.time
+        tokens = tokens.flatten(1, -2)                                  # (B, frames * P, D): one query reads all
+        if self.pooler is None:
+            pooled = tokens.mean(1)                                     # (B, D)
+        else:
+            pooled = self.pooler(tokens, valid=valid)[:, 0]             # (B, D)
+        return self.linear(pooled)                                      # (B, classes)
+
+
+# ------------------------------------------------------------------------------------------------
+# python coca.py: a tour of Figure 2
+
+COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
+
+
+def draw_pictures():
+    """Eight pictures (8, 3, 32, 32): a square or a bar of each colour on black; their captions differ in length."""
+    images, captions = torch.full((8, 3, 32, 32), -1.0), []
+    for i, (colour, rgb) in enumerate(COLOURS.items()):
+        rgb = torch.tensor(rgb, dtype=torch.float)[:, None, None]
+        images[2 * i, :, 8:24, 8:24] = rgb
+        images[2 * i + 1, :, 12:20] = rgb
+        captions += [f"a {colour} square", f"a wide {colour} bar"]
+    return images, captions
+
+
+def tour():
+    images, captions = draw_pictures()
+    words = ["<pad>", "<begin>", "<end>", "<unk>", *sorted({word for text in captions for word in text.split()})]
+    tokens = torch.zeros(8, 6, dtype=torch.long)
+    for row, text in zip(tokens, captions):
+        ids = [BEGIN, *(words.index(word) for word in text.split()), END]
+        row[:len(ids)] = torch.tensor(ids)
+    torch.manual_seed(0)
+    model = CoCa(CoCaConfig(vocab_size=len(words)))
+
+    def show(section, what, tensor):
+        print(f"  {section:10} {what:58} {str(tuple(tensor.shape)):>17}")
+
+    print(f"Eight pictures with captions, such as {captions[0]!r} and {captions[1]!r}, go through an untrained model:\n")
+    show("", "images (B, 3, S, S)", images)
+    image_tokens = model.encoder(images)
+    show("Sec. 3.2", "ImageEncoder: image tokens, one a patch (B, P, D)", image_tokens)
+    caption_tokens = model.generative_pooler(image_tokens)
+    show("Sec. 3.2", "generative AttentionalPooler: for the decoder (B, Q, D)", caption_tokens)
+    show("Sec. 3.2", "contrastive AttentionalPooler, on top of it (B, 1, D)", model.contrastive_pooler(caption_tokens))
+    show("", "captions as tokens (B, L)", tokens)
+    states, cls = model.unimodal(tokens)
+    show("Sec. 3.2", "UnimodalDecoder: states of the tokens (B, L, D)", states)
+    show("Sec. 3.2", "UnimodalDecoder: [CLS], the text embedding (B, D)", cls)
+    show("Sec. 3.2", "MultimodalDecoder: logits of the next word (B, L, V)", model(images, tokens).logits)
+
+    print(f"\nWho looks at whom while {captions[0]!r} is read: real attention weights of the first unimodal layer")
+    length, block = (tokens != PAD).sum(1), model.unimodal.blocks[0]
+    x = block.self_norm(model.unimodal.insert_cls(model.unimodal.embed(tokens), length))
+    weights = block.self_attention(x, causal=True, return_weights=True)[1][0].mean(0)  # (L + 1, L + 1)
+    names = ["<begin>", *captions[0].split(), "<end>", "[CLS]", "<pad>"]
+    print(" " * 10 + "".join(f"{name:>9}" for name in names))
+    for name, row in zip(names, weights.tolist()):
+        print(f"  {name:8}" + "".join(f"{weight:9.2f}" if weight else f"{'.':>9}" for weight in row))
+
+    loss = model.losses(images, tokens)
+    print(f"\nLosses before training, beside those of pure guessing:\n"
+          f"  Eq. (2), contrastive  {loss.con.item():5.2f}     2 ln N = {2 * math.log(8):.2f} for N = 8 pairs\n"
+          f"  Eq. (3), captioning   {loss.cap.item():5.2f}       ln V = {math.log(len(words)):.2f} for V = {len(words)} words\n"
+          f"  Eq. (4), both         {loss.total.item():5.2f}     1 x Eq. (2) + 2 x Eq. (3)")
+
+    print("\nParameters in millions (in brackets Table 1, which seems to leave the poolers out):")
+    for name in ("tiny", "base", "large", "giant"):
+        with torch.device("meta"):  # shapes only, no memory
+            model = CoCa(CONFIGS[name])
+        encoder, decoder = (f" ({millions})" for millions in TABLE_1.get(name, ("-", "-")))
+        print(f"  {name:6} encoder {count_parameters(model.encoder):7.1f}{encoder:7} "
+              f"poolers {count_parameters(model.generative_pooler, model.contrastive_pooler):5.1f} "
+              f"  decoder {count_parameters(model.unimodal, model.multimodal):7.1f}{decoder}")
+
+
+def count_parameters(*parts):
+    """Millions of parameters in some modules; None counts as nothing."""
+    return sum(p.numel() for part in parts if part is not None for p in part.parameters()) / 1e6
+
+
+if __name__ == "__main__":
+    tour()

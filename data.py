@@ -1,14 +1,13 @@
 """Data for CoCa: generated scenes, CIFAR, COCO and your own captioned images, all as one `Dataset`.
 
-    load("shapes")                          generated, nothing to download: what train.py uses by itself
-    load("cifar10", "DIR")                  or cifar100; the official python or binary files in DIR
-    load("coco", "DIR")                     DIR/annotations/captions_train2017.json, DIR/train2017/*.jpg, ... (or 2014)
-    load("captions", "DIR")                 DIR/captions.txt or one .csv with columns image,caption; images in DIR/Images or DIR
+    load("shapes")                generated, nothing to download: what train.py uses by itself
+    load("cifar10", "DIR")        or cifar100; the official python files in DIR
+    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/*.jpg, ... (or 2014)
+    load("captions", "DIR")       DIR/captions.txt or one .csv with columns image,caption; images in DIR/Images or DIR
 
-    python data.py dedup --data cifar10 --data-dir DIR     near-duplicates of evaluation images among the training images
+    python data.py dedup --data cifar10 --data-dir DIR     near-copies of evaluation images among the training images
 
-Labels become text by prompt templates, as the paper does with JFT-3B's labels (Sec. 4.1).
-Whatever is wrong with a file is a DataError of one line: what, where, and what to do.
+Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
 import argparse
 import csv
@@ -20,9 +19,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
-import time
+import unicodedata
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +39,34 @@ from tqdm import tqdm
 from coca import BEGIN, END, PAD, UNKNOWN
 
 
-class DataError(Exception):
-    """Bad input. The message is one line that names the file and says what to do."""
+class UserError(Exception):
+    """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
 
 
 def note(text):
     print(f"note: {text}", file=sys.stderr)
+
+
+def pillow():
+    """Pillow's Image module: imported only where pictures are read or written."""
+    try:
+        from PIL import Image
+        return Image
+    except ImportError:
+        raise UserError("reading and writing pictures needs Pillow; run: pip install pillow") from None
+
+
+def new_file(path):
+    """For argparse: the path, if a file can be made there. Told before the work, and nothing is written over."""
+    if os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"{path} is there already; delete it or give another name")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise argparse.ArgumentTypeError(f"the folder of {path} is not there; make it or give another name")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# What everybody needs: Dataset, load, Tokenizer, Batches
 
 
 @dataclass
@@ -62,670 +84,70 @@ class Dataset:
         return len(self.images)
 
 
-# ------------------------------------------------------------------------------------------------
-# shapes: generated scenes
-
-COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250), "yellow": (240, 220, 50),
-           "purple": (170, 60, 220), "white": (245, 245, 245), "orange": (245, 140, 30), "cyan": (60, 215, 230)}
-SHAPES = {  # inside where the value is below the radius r; x to the right, y downwards, from the centre
-    "circle": lambda x, y, r: np.hypot(x, y),
-    "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
-    "triangle": lambda x, y, r: np.maximum(1.2 * y, 1.2 * abs(x) - 0.65 * y + 0.25 * r),
-    "bar": lambda x, y, r: np.maximum(abs(x), 2.5 * abs(y)),
-    "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
-    "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
-}
-SIZES = {"small": 0.15, "large": 0.22}  # radius, in image sides
-PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-HELD_OUT = list(zip(COLOURS, SHAPES))  # six pairs that never occur in training: each shape lacks one colour
-SPLITS = ("train", "val", "zeroshot", "labelled", "labelled-val")  # the last two: one thing of any pair, to classify
-ANSWERS = ["no", "yes", "0", "1", "2", *COLOURS]
-
-
-class Thing(NamedTuple):
-    size: str
-    colour: str
-    shape: str
-    x: float  # centre in image sides, from the left
-    y: float  # and from the top
-
-    def __str__(self):
-        return f"a {self.size} {self.colour} {self.shape}"
-
-    def corner(self):
-        return f"{'top' if self.y < 0.5 else 'bottom'} {'left' if self.x < 0.5 else 'right'}"
-
-
-def place(rng, corners, pairs=PAIRS):
-    """Random things near the corners: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
-    things = []
-    for corner in corners:
-        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.05
-        things.append(Thing(rng.choice(list(SIZES)), *pairs[rng.integers(len(pairs))], 0.25 + 0.5 * x, 0.25 + 0.5 * y))
-    return things
-
-
-def scene(seed, split, index):
-    """Things of scene (seed, split, index) and the generator that made them: one or two, in different corners."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    many = split in ("train", "val")
-    pairs = HELD_OUT if split == "zeroshot" else [pair for pair in PAIRS if pair not in HELD_OUT] if many else PAIRS
-    count = rng.integers(1, 3) if many else 1
-    return place(rng, rng.permutation(4)[:count], pairs), rng
-
-
-def draw(things, rng, size):
-    """Picture of a scene, (3, size, size) uint8: things on a dark background of random hue, with noise."""
-    at = (np.arange(size) + 0.5) / size
-    image = np.broadcast_to(rng.uniform(0, 60, (3, 1, 1)), (3, size, size))
-    for thing in things:
-        r = SIZES[thing.size]
-        inside = r - SHAPES[thing.shape](at - thing.x, at[:, None] - thing.y, r)      # (size, size)
-        cover = np.clip(inside * size + 0.5, 0, 1)  # soft edges: the share of the pixel that is covered
-        image = image + cover * (np.array(COLOURS[thing.colour])[:, None, None] - image)
-    return (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
-
-
-def describe(things):
-    """All captions of a scene: its things in any order, each with its place."""
-    return [" and ".join(f"{thing} at the {thing.corner()}" for thing in order) for order in permutations(things)]
-
-
-def shapes(split, size, subset, seed):
-    counts = {"train": subset or 20_000, "val": 500, "zeroshot": 600, "labelled": 3000, "labelled-val": 1000}
-    scenes = [scene(seed, split, i) for i in tqdm(range(counts[split]), f"drawing {split} scenes", leave=False)]
-    images = np.stack([draw(things, rng, size) for things, rng in scenes])
-    data = Dataset(images, [describe(things) for things, _ in scenes])
-    if split not in ("train", "val"):
-        data.classes = [f"{colour} {shape}" for colour, shape in PAIRS]  # told apart from all pairs, not the held-out only
-        data.labels = np.array([PAIRS.index(things[0][1:3]) for things, _ in scenes])
-        data.templates = [f"a {size} {{}} at the {y} {x}" for size in SIZES for y in ("top", "bottom") for x in ("left", "right")]
-    return data
-
-
-def moving_shapes(split, size, count, seed=0, frames=16):
-    """Generated clips of one thing that moves to the right or to the left within its corner.
-
-    -> two Datasets of the same images (count, frames, 3, size, size): labelled by colour and shape, which any
-    frame shows, and by direction, which no set of frames shows without their order.
-    """
-    clips, texts, pair, direction = [], [], [], []
-    for i in tqdm(range(count), "drawing clips", leave=False):
-        (thing,), rng = scene(seed, split, i)
-        direction.append(rng.integers(2))
-        path = np.linspace(-0.12, 0.12, frames) * (1 if direction[-1] else -1)
-        clips.append(np.stack([draw([thing._replace(x=thing.x + dx)], rng, size) for dx in path]))
-        texts.append(describe([thing]))
-        pair.append(PAIRS.index(thing[1:3]))
-    clips = np.stack(clips)
-    return (Dataset(clips, texts, np.array(pair), [" ".join(pair) for pair in PAIRS]),
-            Dataset(clips, texts, np.array(direction), ["to the left", "to the right"]))
-
-
-def questions(size, count, seed=0):
-    """Scenes of two things side by side, each with a question of one of three kinds in turn; the answer is the label.
-
-    For each kind all answers are equally likely, and scenes are alike for all kinds: without the image nothing
-    beats chance, and without the question not even that can be reached.
-    """
-    images, texts, answers = [], [], []
-    for i in tqdm(range(count), "drawing questions", leave=False):
-        rng = np.random.default_rng([seed, len(SPLITS), i])
-        left, right = place(rng, [0, 1] if rng.integers(2) else [2, 3])
-        shape, other = rng.permutation(list(SHAPES))[:2]
-        left, right = left._replace(shape=shape), right._replace(shape=shape if rng.integers(2) else other)
-        if i % 3 == 0:
-            side, asked, beside = ("left", left, right) if rng.integers(2) else ("right", right, left)
-            text, answer = f"what colour is the shape {side} of the {beside.shape}", asked.colour
-        elif i % 3 == 1:
-            present = rng.integers(2)
-            pairs = [p for p in PAIRS if (p in (left[1:3], right[1:3])) == present and p[0] in (left.colour, right.colour)]
-            colour, shape = pairs[rng.integers(len(pairs))]
-            text, answer = f"is there a {colour} {shape}", ANSWERS[present]
-        else:
-            there = [left.shape, right.shape]
-            kind = rng.choice(there if rng.random() < 2 / 3 else [shape for shape in SHAPES if shape not in there])
-            text, answer = f"how many {kind}", str(there.count(kind))
-        images.append(draw([left, right], rng, size))
-        texts.append([text])
-        answers.append(ANSWERS.index(answer))
-    return Dataset(np.stack(images), texts, np.array(answers), ANSWERS)
-
-
-def entailment(size, count, seed=0):
-    """Scenes with a caption that holds (label 1) or has one property of one thing wrong (label 0)."""
-    images, texts, holds = [], [], []
-    for i in tqdm(range(count), "drawing captions", leave=False):
-        rng = np.random.default_rng([seed, len(SPLITS) + 1, i])
-        things = place(rng, rng.permutation(4)[:2])
-        text = describe(things)[0]
-        holds.append(rng.integers(2))
-        while not holds[-1] and text in describe(things):
-            k, wrong = rng.integers(2), place(rng, [rng.integers(4)])[0]
-            field = rng.choice(["size", "colour", "shape", "place"])
-            change = dict(x=wrong.x, y=wrong.y) if field == "place" else {field: getattr(wrong, field)}
-            text = describe([thing._replace(**change) if j == k else thing for j, thing in enumerate(things)])[0]
-        images.append(draw(things, rng, size))
-        texts.append([text])
-    return Dataset(np.stack(images), texts, np.array(holds), ["does not hold", "holds"])
-
-
-# ------------------------------------------------------------------------------------------------
-# cifar10, cifar100
-
-TEMPLATES = [  # from the prompts CLIP uses for CIFAR
-    "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a bad photo of a {}.",
-    "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}.", "a photo of the {}."]
-CIFAR = {
-    "cifar10": dict(
-        python="cifar-10-batches-py", binary="cifar-10-batches-bin", train=[f"data_batch_{i}" for i in range(1, 6)], val=["test_batch"],
-        meta="batches.meta", names="label_names", text_meta="batches.meta.txt", labels="labels", label_bytes=1,
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", md5="c58f30108f718f92721af3b95e74349a"),
-    "cifar100": dict(
-        python="cifar-100-python", binary="cifar-100-binary", train=["train"], val=["test"],
-        meta="meta", names="fine_label_names", text_meta="fine_label_names.txt", labels="fine_labels", label_bytes=2,
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", md5="eb9058c3a382ffc7106e4002c42a8d85"),
-}
-
-
-NAMES = ["shapes", *CIFAR, "coco", "captions"]  # what load() knows
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers, and nothing that could run code."""
-
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise DataError(f"it wants to run {f'{module}.{name}'!r}, which no CIFAR file does: delete it")
-        return super().find_class(module, name)
-
-
-def read_pickle(path):
-    try:
-        with open(path, "rb") as f:
-            content = PlainUnpickler(f, encoding="latin1").load()
-    except DataError as e:
-        raise DataError(f"{path}: refused, {e}") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; get it with --download") from None
-    except Exception as e:  # a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: truncated or corrupt ({type(e).__name__}); delete it and run again with --download") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not a CIFAR batch (a {type(content).__name__}); delete it and run again with --download")
-    return content
-
-
-def read_cifar_batch(path, kind, classes):
-    """-> images (n, 3, 32, 32) uint8, labels (n,)."""
-    if path.suffix == ".bin":
-        raw, row = np.fromfile(path, np.uint8), kind["label_bytes"] + 3072
-        if not len(raw) or len(raw) % row:
-            raise DataError(f"{path}: truncated or corrupt ({len(raw):,} bytes are not rows of {row}); get it again")
-        raw = raw.reshape(-1, row)
-        images, labels = raw[:, -3072:], raw[:, -3073]  # in CIFAR-100 the fine label is the second
-    else:
-        batch = read_pickle(path)
-        images, labels = batch.get("data"), batch.get(kind["labels"])
-    good = (isinstance(images, np.ndarray) and images.dtype == np.uint8 and isinstance(labels, (list, np.ndarray)) and len(labels)
-            and images.shape == (len(labels), 3072) and all(isinstance(label, (int, np.integer)) for label in labels))
-    if not good:
-        raise DataError(f"{path}: truncated or corrupt (no {kind['labels']!r} and 3072 bytes for each image); get it again")
-    labels = np.array(labels, np.int64)
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(f"{path}: labels {labels.min()} to {labels.max()} but {len(classes)} class names; get it again")
-    return images.reshape(-1, 3, 32, 32), labels
-
-
-def cifar(name, data_dir, split, size, download):
-    kind = CIFAR[name]
-    if download:
-        fetch(kind["url"], kind["md5"], data_dir)
-    places = [(data_dir / kind["python"], ""), (data_dir, ""), (data_dir / kind["binary"], ".bin"), (data_dir, ".bin")]
-    for root, suffix in places:  # DIR may be the folder itself or the one that holds it
-        found = [path for f in kind[split] if (path := root / (f + suffix)).is_file()]
-        if found:
-            break
-    else:
-        wanted = data_dir / kind["python"] / kind[split][0]
-        raise DataError(f"{wanted}: no such file; give the folder that holds it as --data-dir, or add --download")
-    if len(found) < len(kind[split]):
-        note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; using those")
-    meta = root / (kind["text_meta"] if suffix else kind["meta"])
-    classes = read_text(meta, "unpack the archive again").split() if suffix else read_pickle(meta).get(kind["names"])
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        raise DataError(f"{meta}: no class names in it; get it again")
-    parts = [read_cifar_batch(path, kind, classes) for path in found]
-    images, labels = (np.concatenate(part) for part in zip(*parts))
-    classes = [name.replace("_", " ") for name in classes]
-    texts = [[template.format(name) for template in TEMPLATES] for name in classes]
-    if size != 32:
-        images = np.concatenate([resize(part, size) for part in np.array_split(images, max(1, len(images) // 1000))])
-    return Dataset(images, [texts[label] for label in labels], labels, classes, TEMPLATES, augment=True)
-
-
-def resize(images, size):
-    """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
-    H, W = images.shape[2:]
-    top, left, side = max(0, H - W) // 2, max(0, W - H) // 2, min(H, W)
-    images = torch.from_numpy(np.ascontiguousarray(images[:, :, top:top + side, left:left + side]))
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True).numpy()
-
-
-def fetch(url, md5, folder):
-    """Downloads an archive over https (going on where an earlier try stopped), checks its md5, unpacks it in folder."""
-    archive = folder / url.rsplit("/", 1)[1]
-    part = archive.with_suffix(".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                resumed = reply.status == 206  # the server may also send it all
-                total = int(reply.headers.get("Content-Length", 0)) + have * resumed
-                with open(part, "ab" if resumed else "wb") as f, tqdm(
-                        desc=f"downloading {archive.name}", total=total, initial=have * resumed, unit="B", unit_scale=True) as bar:
-                    while block := reply.read(1 << 20):
-                        f.write(block)
-                        bar.update(len(block))
-            if part.stat().st_size < total:  # http.client's read(n) returns b"" then, without an error
-                raise OSError("the connection ended early")
-            os.replace(part, archive)
-    except (OSError, http.client.HTTPException) as e:
-        if getattr(e, "code", 0) != 416:
-            raise DataError(f"{url}: download failed ({e}); run the same command again to go on from where it stopped") from None
-        os.replace(part, archive)  # nothing follows what we have: it is all there
-    if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
-        raise DataError(f"{archive}: wrong md5, not {md5}; delete it and run again with --download")
-    if not hasattr(tarfile, "data_filter"):
-        raise DataError("this Python cannot unpack archives safely; update to 3.10.12, 3.11.4 or newer")
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")  # no links, devices or paths that lead outside
-    except (tarfile.TarError, OSError, EOFError) as e:
-        raise DataError(f"{archive}: could not be unpacked ({e}); delete it and run again with --download") from None
-
-
-# ------------------------------------------------------------------------------------------------
-# coco, captions: images in files
-
-
-def pillow(path):
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise DataError(f"{path}: reading image files needs Pillow; run: pip install pillow") from None
-    return Image, ImageOps
-
-
-def read_image(path, size):
-    """Image file -> (3, size, size) uint8: centre crop to a square, any colour mode made RGB."""
-    Image, ImageOps = pillow(path)
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel; convert() would cut at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-            return np.asarray(image).transpose(2, 0, 1)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
-        raise DataError(f"{path}: not a readable image ({e})") from None
-
-
-def cached_images(paths, size, name):
-    """Decodes image files once -> (M, 3, size, size) uint8 memory map, and the indices of the paths it holds.
-
-    The map lies in ~/.cache/coca (or $COCA_CACHE), beside a fingerprint of the files it was made from:
-    another name, size or date of any of them, and it is made anew. Unreadable files are named and left out.
-    """
-    made_from = json.dumps([size, [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]])
-    fingerprint = hashlib.sha256(made_from.encode()).hexdigest()
-    folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
-    array_file, info_file = (folder / f"{name}-{size}px-{fingerprint[:16]}.{end}" for end in ("npy", "json"))
-    try:
-        info = json.loads(info_file.read_text())
-        if info["fingerprint"] == fingerprint:
-            return np.load(array_file, mmap_mode="r")[:len(info["kept"])], info["kept"]
-    except (OSError, ValueError, KeyError, EOFError):
-        pass  # not there, or cut off: make it
-    pillow(paths[0])
-    temporary, kept = array_file.with_suffix(f".{os.getpid()}.tmp"), []
-
-    def decode(path):
-        try:
-            return read_image(path, size)
-        except DataError as e:
-            return e
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), 3, size, size))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
-            for i, image in enumerate(tqdm(pool.map(decode, paths), f"decoding {name}", len(paths), leave=False)):
-                if isinstance(image, DataError):
-                    note(f"{image}: skipped")
-                else:
-                    array[len(kept)] = image
-                    kept.append(i)
-        del array
-        failed = len(paths) - len(kept)
-        if failed > 0.01 * len(paths):
-            raise DataError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; replace or remove the files named above")
-        if failed:
-            note(f"{failed} of {len(paths)} images skipped")
-        os.replace(temporary, array_file)
-        info_file.write_text(json.dumps({"fingerprint": fingerprint, "kept": kept}))
-    except OSError as e:
-        raise DataError(f"{folder}: cannot keep the decoded images there ({e}); set COCA_CACHE to a folder that can be written") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return np.load(array_file, mmap_mode="r")[:len(kept)], kept
-
-
-def captioned_images(texts, size, subset, name, source):
-    """texts: {path: [caption, ...]} -> Dataset. source: the file that named the paths, for messages."""
-    empty = sum(not text.strip() for captions in texts.values() for text in captions)
-    if empty:
-        note(f"{source}: {empty} empty captions skipped")
-    texts = {path: captions for path in texts if (captions := [text for text in texts[path] if text.strip()])}
-    paths = take(sorted(texts), subset, source)
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(f"{source}: {len(missing)} of the {len(paths)} images it names are not there, first {missing[0]}; "
-                        "get them or take them out of the file")
-    images, kept = cached_images(paths, size, name)
-    return Dataset(images, [texts[paths[i]] for i in kept], augment=True)
-
-
-def chosen(data, rows):
+def select(data, rows):
     """Dataset of these images only."""
+    captions = [data.captions[i] for i in rows]
     labels = None if data.labels is None else data.labels[rows]
-    return dataclasses.replace(data, images=data.images[rows], captions=[data.captions[i] for i in rows], labels=labels)
+    return dataclasses.replace(data, images=data.images[rows], captions=captions, labels=labels)
 
 
-def take(items, subset, source):
-    """The same `subset` of the items every time (0 = all), in order."""
-    if subset > len(items):
-        raise DataError(f"{source}: --subset {subset} asked for, but there are {len(items)}; ask for fewer")
-    if not len(items):
-        raise DataError(f"{source}: no images with captions; check the file")
-    return [items[i] for i in np.sort(np.random.default_rng(0).permutation(len(items))[:subset or None])]
+NAMES = ["shapes", "cifar10", "cifar100", "coco", "captions"]
 
 
-def read_text(path, what):
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a spreadsheet's byte order mark is no part of a column name
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {what}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({e}); {what}") from None
+def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False, val_from_train=0):
+    """-> Dataset of images of size x size pixels.
 
-
-def coco(data_dir, split, size, subset):
-    for year in ("2017", "2014"):
-        annotations, folder = data_dir / "annotations" / f"captions_{split}{year}.json", data_dir / f"{split}{year}"
-        if annotations.exists():
-            break
-    else:
-        annotations = data_dir / "annotations" / f"captions_{split}2017.json"
-    text = read_text(annotations, "--data-dir must hold COCO's annotations/, train2017/ and val2017/ (or 2014)")
-    texts = {}
-    try:
-        content = json.loads(text)
-        paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
-        for annotation in content["annotations"]:
-            texts.setdefault(paths[annotation["image_id"]], []).append(str(annotation["caption"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise DataError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); unpack it again") from None
-    return captioned_images(texts, size, subset, f"coco-{split}", annotations)
-
-
-def captions(data_dir, split, size, subset):
-    tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
-    table = next((path for path in tables if path.exists()), tables[0])
-    text = read_text(table, "--data-dir must hold captions.txt or a .csv with columns image,caption")
-    rows = csv.DictReader(io.StringIO(text), strict=True)
-    if not {"image", "caption"} <= set(rows.fieldnames or ()):
-        raise DataError(f"{table}: the first line must name the columns image and caption, it names {rows.fieldnames}")
-    folder = next((data_dir / name for name in ("Images", "images") if (data_dir / name).is_dir()), data_dir)
-    texts = {}
-    try:
-        for row in rows:
-            if None in row or "\n" in (row["image"] or ""):
-                raise csv.Error("too many columns, or a name of two lines")
-            texts.setdefault(folder / (row["image"] or "").strip(), []).append(row["caption"] or "")
-    except csv.Error as e:
-        raise DataError(f"{table}: line {rows.line_num} is not CSV ({e}); quote captions that hold commas or quotes") from None
-    held = held_out(texts)
-    texts = {path: texts[path] for path in texts if (path in held) == (split == "val")}
-    return captioned_images(texts, size, subset, f"captions-{split}", table)
-
-
-def held_out(paths):
-    """About one path in ten, by a hash of its name, for evaluation: adding files moves none across."""
-    digest = {path: hashlib.sha256(path.name.encode()).digest() for path in paths}
-    return {path for path in paths if digest[path][0] < 26} or {min(paths, key=digest.get, default=None)}
-
-
-def sample_frames(count, frames):
-    """Indices of that many of `count` frames, uniformly from the first to the last; fewer are repeated."""
-    return np.linspace(0, count - 1, frames).round().astype(int)
-
-
-def own_clips(data_dir, size, frames):
-    """A folder per class, in it a clip each as a folder of frames (image files, in the order of their names) or an array
-    file .npy (count, height, width, 3) uint8 -> training and evaluation Datasets, images (N, frames, 3, size, size)."""
-    classes = sorted(path.name for path in Path(data_dir).glob("*/"))
-    paths = [path for name in classes for path in sorted((Path(data_dir) / name).iterdir()) if path.is_dir() or path.suffix == ".npy"]
-    if len(classes) < 2 or not paths:
-        raise DataError(f"{data_dir}: {len(classes)} classes and {len(paths)} clips; give a folder with a folder of clips for each class")
-    clips = np.empty((len(paths), frames, 3, size, size), np.uint8)
-    for n, path in enumerate(tqdm(paths, "reading clips", leave=False)):
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.is_file())
-        else:
-            try:
-                found = np.load(path, allow_pickle=False, mmap_mode="r")
-            except (OSError, ValueError, EOFError) as e:
-                raise DataError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
-            if found.ndim != 4 or found.shape[-1] != 3 or found.dtype != np.uint8:
-                raise DataError(f"{path}: {found.dtype} of shape {found.shape}; a clip is uint8 (count, height, width, 3)")
-        if not len(found):
-            raise DataError(f"{path}: a clip without frames; put images into it or remove it")
-        for i, k in enumerate(sample_frames(len(found), frames)):
-            clips[n, i] = read_image(found[k], size) if path.is_dir() else resize(found[k].transpose(2, 0, 1)[None], size)[0]
-    labels, apart = np.array([classes.index(path.parent.name) for path in paths]), held_out(paths)
-    held = np.array([path in apart for path in paths])
-    return tuple(Dataset(clips[rows], [[]] * rows.sum(), labels[rows], classes) for rows in (~held, held))
-
-
-def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False):
-    """-> Dataset. split: "train", "val"; where there are classes also "zeroshot" and, to learn them, "labelled" and
-    "labelled-val". size: pixels a side.
-
-    subset: that many training images, the same every time, 0 = all. seed: of the generated scenes.
+    split: "train" or "val"; where there are classes also "zeroshot" and, to learn them, "labelled" and
+    "labelled-val". subset: that many training images, the same every time, 0 = all. seed: of generated scenes.
+    val_from_train: keep that many training images apart and let them stand for the evaluation images.
     """
+    if val_from_train and (split in ("train", "val") or name != "shapes"):
+        data = load(name, data_dir, "train", size, subset, seed, download)
+        if val_from_train >= len(data):
+            raise UserError(f"--val-from-train {val_from_train}, but there are {len(data)} training images; ask for fewer")
+        order = np.random.default_rng(1).permutation(len(data))
+        learned = split in ("train", "labelled")
+        return select(data, np.sort(order[val_from_train:] if learned else order[:val_from_train]))
     if name == "shapes":
         return shapes(split, size, subset, seed)
     if not data_dir:
-        raise DataError(f"--data {name} needs --data-dir, the folder of its files")
-    data_dir, subset = Path(data_dir), subset if split == "train" else 0
+        raise UserError(f"--data {name} needs --data-dir, the folder of its files")
+    data_dir = Path(data_dir)
+    if split != "train":
+        subset = 0
     if name in CIFAR:
         data = cifar(name, data_dir, "train" if split in ("train", "labelled") else "val", size, download)
-        return chosen(data, take(np.arange(len(data)), subset, data_dir)) if subset else data
+        return select(data, take(np.arange(len(data)), subset, data_dir)) if subset else data
     if download:
-        raise DataError(f"--download fetches CIFAR only; get {name} yourself (README, Data)")
-    if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such folder; give the one that holds your {name} data as --data-dir")
-    return {"coco": coco, "captions": captions}[name](data_dir, split, size, subset)
+        raise UserError(f"--download fetches CIFAR only; get {name} yourself (README, Data)")
+    if not os.path.isdir(data_dir):
+        raise UserError(f"{data_dir}: no such folder; give the one that holds your {name} data as --data-dir")
+    if name == "coco":
+        return coco(data_dir, split, size, subset)
+    return captions(data_dir, split, size, subset)
 
 
-# ------------------------------------------------------------------------------------------------
-# De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
-
-THRESHOLD = 0.955  # of the cosine of two thumbnails; python data.py dedup --curve shows why
-
-
-def thumbnails(images):
-    """images (N, 3, H, W) uint8 -> (N, 192) 8 x 8 pixels without mean and contrast: brightness and re-encoding change little."""
-    parts = []
-    for i in range(0, len(images), 2000):
-        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 2000])).float()
-        x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
-        parts.append(F.normalize(x - x.mean(1, keepdim=True)))
-    return torch.cat(parts).numpy()
+def take(items, subset, source):
+    """The same `subset` of the items every time (0 = all), in order. UserError if there are fewer."""
+    if subset > len(items):
+        raise UserError(f"{source}: --subset {subset} asked for, but there are {len(items)}; ask for fewer")
+    if not len(items):
+        raise UserError(f"{source}: no images with captions; check the file")
+    order = np.random.default_rng(0).permutation(len(items))
+    return [items[i] for i in np.sort(order[:subset or None])]
 
 
-def slight_crops(images, mirrored):
-    """The images themselves, then 13 crops of 95 and 90 % of their sides: a cropped copy is near one of them."""
-    S = images.shape[-1]
-    for share, places in ((1, [0]), (0.95, [0, 1]), (0.9, [0, 0.5, 1])):
-        side = round(share * S)
-        for top in places:
-            for left in places:
-                crop = images[:, :, round(top * (S - side)):, round(left * (S - side)):][:, :, :side, :side]
-                yield from [crop, crop[..., ::-1]][:1 + mirrored]
+MARKS = "".join(chr(i) for i in range(0x300, 0xFE30) if unicodedata.category(chr(i)).startswith("M"))  # accents, vowel signs
+WORD = re.compile(rf"\d+(?:[.,]\d+)+|['’]?[\w{MARKS}]+|[^\w\s]")  # 3.5 is one word, "man's" two: man 's
 
 
-def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
-    """Near-copies in images (N, 3, S, S) of evaluation images (M, 3, S', S') -> which one each is nearest to (N,), -1 = it is
-    no copy; the similarity (N,); which of the evaluation images have a copy (M,).
-
-    Only images in one bucket are compared: in 16 tables, the side of each of some random planes is a bit of the bucket's
-    number. As many planes as keep buckets small: time grows with the number of images, not of pairs.
-    """
-    mine, M = thumbnails(images), len(evaluation)
-    probes = np.concatenate([thumbnails(crop) for crop in slight_crops(evaluation, mirrored)])  # (14 M, 192)
-    bits = int(np.log2(len(mine) + len(probes))) + 3
-    # whitened first: all pictures have much in common (sky above, ground below), which must not decide their bucket
-    values, vectors = np.linalg.eigh(np.cov(np.concatenate([mine, probes[:M]]).T))
-    planes = vectors[:, -32:] / np.sqrt(values[-32:].clip(1e-6)) @ np.random.default_rng(0).standard_normal((32, 16 * bits))
-
-    def buckets(x):
-        sides = [part @ planes.astype(np.float32) > 0 for part in np.array_split(x, len(x) // 20_000 + 1)]
-        return np.concatenate(sides).reshape(len(x), 16, bits) @ (1 << np.arange(bits))  # (len(x), 16)
-
-    which, similarity, copied = np.full(len(mine), -1), np.zeros(len(mine)), np.zeros(M, bool)
-    for own, others in zip(tqdm(buckets(mine).T, "looking for duplicates", leave=False), buckets(probes).T):
-        order = others.argsort(kind="stable")
-        sorted_others = others[order]
-        first, end = (np.searchsorted(sorted_others, own, side) for side in ("left", "right"))
-        count = (end - first).clip(max=200)  # a bucket of hundreds holds copies of one image: some of them do
-        for rows in np.array_split(np.arange(len(mine)), count.sum() // 1_000_000 + 1):
-            n = count[rows]
-            i, within = np.repeat(rows, n), np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)
-            j = order[np.repeat(first[rows], n) + within]
-            cosine = np.einsum("nd,nd->n", mine[i], probes[j])
-            near = np.flatnonzero(cosine > threshold)
-            copied[j[near] % M] = True
-            near = near[cosine[near] > similarity[i[near]]]
-            near = near[cosine[near].argsort(kind="stable")]  # the nearest is written last
-            which[i[near]], similarity[i[near]] = j[near] % M, cosine[near]
-    return which, similarity, copied
-
-
-def without_duplicates(data, evaluation, mirrored=False):
-    """data without the near-duplicates of the evaluation images; says how many. DataError if nothing is left."""
-    which, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
-    kept = np.flatnonzero(which < 0)
-    note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, near-duplicates of {copied.sum():,} "
-         f"of {len(evaluation):,} evaluation images")
-    if not len(kept):
-        raise DataError("every training image is a near-duplicate of an evaluation image; give other data")
-    return chosen(data, kept)
-
-
-def plant_copies(images, rng):
-    """Images (N, 3, S, S) as their copies are found in the wild -> {kind: (N, 3, S, S)}."""
-    Image, _ = pillow("planted copies")
-    S = images.shape[-1]
-
-    def jpeg(image):
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=50)
-        return Image.open(file)
-
-    def crop(image):
-        side = round(S * rng.uniform(0.88, 1))
-        left, top = rng.integers(0, S - side + 1, 2)
-        return image.crop((left, top, left + side, top + side)).resize((S, S), Image.Resampling.BICUBIC)
-
-    def brightness(image):
-        contrast, shift = rng.uniform(0.8, 1.2), rng.uniform(-30, 30)
-        return image.point(lambda value: contrast * value + shift)
-
-    kinds = {"re-encoded": jpeg, "resized": lambda image: image.resize((S * 3 // 4,) * 2).resize((S, S)), "cropped": crop,
-             "brightness": brightness, "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
-    return {name: np.stack([np.asarray(change(Image.fromarray(x.transpose(1, 2, 0)))).transpose(2, 0, 1) for x in images])
-            for name, change in kinds.items()}
-
-
-def dedup_curve(data, evaluation, mirrored):
-    """Prints recall of planted copies, precision, and how seconds grow with the number of images."""
-    planted = plant_copies(evaluation.images[:1000], np.random.default_rng(0))
-    n = len(planted["mirrored"])
-    images = np.concatenate([data.images, *planted.values()])
-    which, similarity, _ = near_duplicates(images, evaluation.images, 0.9, mirrored)
-    right = which[len(data):].reshape(-1, n) == np.arange(n)
-    print("threshold  precision  recall: " + "  ".join(planted))
-    for threshold in (0.9, 0.92, 0.94, 0.95, 0.955, 0.96, 0.97, 0.98, 0.99):
-        found = similarity > threshold
-        hits = right & found[len(data):].reshape(-1, n)
-        print(f"{threshold:9} {hits.sum() / found.sum():10.1%}" + " " * 10 + " ".join(f"{recall:10.1%}" for recall in hits.mean(1)))
-    print("(precision: other training images found count as wrong, though some are real copies)")
-    many = np.concatenate([data.images, data.images[..., ::-1], data.images[:, :, ::-1]])  # mirrored, upside down: other images
-    for N in (6250, 12_500, 25_000, 50_000):
-        if N <= len(many):
-            began = time.perf_counter()
-            near_duplicates(many[:N], evaluation.images, mirrored=mirrored)
-            print(f"{N:6,} images against {len(evaluation):,}: {time.perf_counter() - began:.1f} s")
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description="Near-duplicates of the evaluation images in the training images (Sec. 4.1)",
-                                usage="python data.py dedup --data NAME --data-dir DIR [options]")
-    p.add_argument("command", choices=["dedup"])
-    p.add_argument("--data", choices=NAMES, default="shapes")
-    p.add_argument("--data-dir")
-    p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
-    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
-    p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"least cosine of thumbnails (default: {THRESHOLD})")
-    p.add_argument("--show", metavar="FILE.png", help="write the 48 likest pairs there: training image, evaluation image")
-    p.add_argument("--curve", action="store_true", help="plant copies instead: precision, recall and seconds")
-    args = p.parse_args(argv)
-    if args.show and Path(args.show).exists():
-        raise DataError(f"{args.show}: is there already; delete it or give another --show")
-    data, evaluation = (load(args.data, args.data_dir, split, args.size) for split in ("train", "val"))
-    if args.curve:
-        return dedup_curve(data, evaluation, args.mirrored)
-    which, similarity, copied = near_duplicates(data.images, evaluation.images, args.threshold, args.mirrored)
-    print(f"{(which >= 0).sum():,} of {len(data):,} training images are near-duplicates "
-          f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
-    likest = similarity.argsort(kind="stable")[::-1][:48]
-    likest = likest[which[likest] >= 0]
-    for i in likest[:10]:
-        print(f"{similarity[i]:.3f}  train {i}: {data.captions[i][0]}  |  evaluation {which[i]}: {evaluation.captions[which[i]][0]}")
-    if args.show and len(likest):
-        pairs = np.concatenate([data.images[likest], evaluation.images[which[likest]]], 3)  # (n, 3, S, 2 S)
-        pairs = np.pad(pairs, ((0, -len(pairs) % 6), (0, 0), (1, 1), (1, 1))).transpose(0, 2, 3, 1)
-        sheet = np.concatenate([np.concatenate(list(line), 1) for line in pairs.reshape(-1, 6, *pairs.shape[1:])])
-        pillow(args.show)[0].fromarray(sheet).resize((3 * sheet.shape[1], 3 * sheet.shape[0])).save(args.show)
-
-
-# ------------------------------------------------------------------------------------------------
-# Text and batches
+def words(text):
+    """Text -> its words and punctuation marks, lower-cased."""
+    return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 class Tokenizer:
-    """Words and punctuation marks, lower-cased; learned from captions. (The paper: SentencePiece, 64,000.)"""
-
-    pattern = re.compile(r"['’]?\w+|[^\w\s]")  # "man's" -> man 's
+    """Numbers for words, learned from captions. (The paper: SentencePiece, a vocabulary of 64,000.)"""
 
     def __init__(self, words):
         self.words = list(words)
@@ -734,7 +156,9 @@ class Tokenizer:
     @classmethod
     def learn(cls, texts, max_size):
         """The commonest max_size - 4 words of the texts, ties in alphabetical order."""
-        counts = Counter(word for text in texts for word in cls.pattern.findall(text.lower()))
+        counts = Counter()
+        for text in texts:
+            counts.update(words(text))
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(["<pad>", "<begin>", "<end>", "<unk>", *ranked[:max_size - 4]])
 
@@ -742,23 +166,28 @@ class Tokenizer:
         return len(self.words)
 
     def encode(self, texts, text_len):
-        """texts -> tokens (len(texts), longest) int64, cut to text_len with BEGIN and END; PAD at the right."""
-        rows = [[self.index.get(word, UNKNOWN) for word in self.pattern.findall(text.lower())] for text in texts]
-        rows = [[BEGIN, *row[:text_len - 2], END] for row in rows]
-        tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD, np.int64)
+        """texts -> tokens (len(texts), longest) int64: BEGIN words END, PAD at the right.
+
+        What is longer than text_len is cut but still gets its END, so a model learns to end there.
+        """
+        rows = []
+        for text in texts:
+            ids = [self.index.get(word, UNKNOWN) for word in words(text)]
+            rows.append([BEGIN, *ids[:text_len - 2], END])
+        tokens = torch.full((len(rows), max(map(len, rows), default=0)), PAD)
         for i, row in enumerate(rows):
-            tokens[i, :len(row)] = row
-        return torch.from_numpy(tokens)
+            tokens[i, :len(row)] = torch.tensor(row)
+        return tokens
 
     def decode(self, tokens):
         """tokens (L,) -> text up to END, readable: punctuation and 's joined to the word before."""
-        words = []
+        found = []
         for i in map(int, tokens):
             if i == END:
                 break
             if i not in (PAD, BEGIN):
-                words.append(self.words[i])
-        return re.sub(r" (['’]\w+|[.,;:!?%)])", r"\1", " ".join(words))
+                found.append(self.words[i])
+        return re.sub(r" (['’]\w+|[.,;:!?%)])", r"\1", " ".join(found))
 
 
 def to_model(images):
@@ -775,52 +204,707 @@ class Batches:
 
     def __init__(self, data, tokenizer, text_len, batch_size, seed=0, own=slice(None), device="cpu"):
         if batch_size > len(data):
-            raise DataError(f"--batch-size {batch_size} is more than the {len(data)} training images; give a smaller one")
-        self.data, self.batch_size, self.seed, self.own, self.device = data, batch_size, seed, own, device
+            raise UserError(f"--batch-size {batch_size} is more than the {len(data)} training images; give a smaller one")
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.own, self.device = own, device
         self.per_epoch = len(data) // batch_size
-        unique = {text: i for i, text in enumerate(dict.fromkeys(t for texts in data.captions for t in texts))}
-        self.tokens = tokenizer.encode(unique, text_len)                # (texts, L)
-        self.lengths = (self.tokens != PAD).sum(1).numpy()              # (texts,)
-        cut = sum(len(tokenizer.pattern.findall(text)) > text_len - 2 for text in unique)
-        if cut:
-            note(f"{cut} captions cut to {text_len - 2} words")
-        self.choices = [[unique[text] for text in texts] for texts in data.captions]
+        rows = {}  # text -> its row in self.tokens
+        self.choices = []  # for each image the rows of its captions
+        for texts in data.captions:
+            self.choices.append([rows.setdefault(text, len(rows)) for text in texts])
+        self.tokens = tokenizer.encode(rows, text_len)                  # (texts, L)
+        too_long = sum(len(words(text)) > text_len - 2 for text in rows)
+        if too_long:
+            note(f"{too_long} captions cut to {text_len - 2} words")
         self.sides = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
         self.epoch = None
 
     def __call__(self, step):
-        epoch, at = divmod(step, self.per_epoch)
+        epoch, batch = divmod(step, self.per_epoch)
         if epoch != self.epoch:
-            self.epoch, rng = epoch, np.random.default_rng([self.seed, 0, epoch])
+            self.epoch = epoch
+            rng = np.random.default_rng([self.seed, 0, epoch])
             self.order = rng.permutation(len(self.data))
-            self.draw = rng.random(self.per_epoch)  # one for a whole batch: with prompts, equal classes get equal texts
-        rows = self.order[at * self.batch_size:][:self.batch_size]
-        drawn = np.array([self.choices[i][int(self.draw[at] * len(self.choices[i]))] for i in rows])
-        by_length = np.argsort(self.lengths[drawn], kind="stable")  # parts of a batch then need less padding
-        rows, drawn = rows[by_length][self.own], drawn[by_length][self.own]
-        tokens = self.tokens[drawn, :self.lengths[drawn[-1]]]           # (B, L), no longer than the longest
+            self.draw = rng.random(self.per_epoch)  # one a batch: with prompts, equal classes get equal texts
+        rows = self.order[batch * self.batch_size:][:self.batch_size][self.own]
+        drawn = [self.choices[i][int(self.draw[batch] * len(self.choices[i]))] for i in rows]
+        tokens = self.tokens[drawn]                                     # (B, L)
+        tokens = tokens[:, :(tokens != PAD).sum(1).max()]               # (B, L) no longer than the longest
         images = torch.from_numpy(self.data.images[rows]).to(self.device)  # (B, 3, S, S) uint8
         if self.data.augment:
-            rng, by = np.random.default_rng([self.seed, 1, step]), images.shape[-1] // 8
-            shift = torch.from_numpy(rng.integers(0, 2 * by + 1, (2, self.batch_size)))[:, self.own]
+            rng = np.random.default_rng([self.seed, 1, step])
+            border = images.shape[-1] // 8
+            shift = torch.from_numpy(rng.integers(0, 2 * border + 1, (2, self.batch_size)))[:, self.own]
             flip = torch.from_numpy(rng.random(self.batch_size) < 0.5)[self.own]
             flip &= ~torch.isin(tokens, self.sides).any(1)  # a mirrored picture would make "left" a lie
-            images = crop_and_flip(images, by, shift, flip)
+            images = crop_and_flip(images, border, shift, flip)
         return to_model(images), tokens.to(self.device)
 
 
-def crop_and_flip(images, by, shift, flip):
-    """Pads images (B, 3, S, S) by `by` pixels, crops each at shift (2, B) rows and columns, mirrors where flip (B,)."""
+def crop_and_flip(images, border, shift, flip):
+    """Pads images (B, 3, S, S) with a grey border, crops each at shift (2, B) rows and columns, mirrors where flip (B,)."""
     B, _, S, _ = images.shape
-    rows = columns = torch.arange(S).expand(B, S)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    rows, columns = rows + shift[0, :, None], columns + shift[1, :, None]  # (B, S) of the padded image
-    b, y, x = (i.to(images.device) for i in (torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]))
-    return F.pad(images, (by, by, by, by), value=128)[b, :, y, x].permute(0, 3, 1, 2)  # (B, 3, S, S)
+    pixels = torch.arange(S).expand(B, S)
+    rows = pixels + shift[0, :, None]                                   # (B, S) of the padded image
+    columns = torch.where(flip[:, None], pixels.flip(1), pixels) + shift[1, :, None]  # (B, S)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    image = torch.arange(B, device=images.device)[:, None, None]
+    padded = F.pad(images, (border, border, border, border), value=128)
+    return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)  # (B, 3, S, S)
+
+
+# ------------------------------------------------------------------------------------------------
+# shapes: generated scenes
+
+COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250), "yellow": (240, 220, 50),
+           "purple": (170, 60, 220), "white": (245, 245, 245), "orange": (245, 140, 30), "cyan": (60, 215, 230)}
+SHAPES = {  # inside where the value is below the radius r; x to the right, y downwards, from the centre
+    "circle": lambda x, y, r: np.hypot(x, y),
+    "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
+    "triangle": lambda x, y, r: np.maximum(1.2 * y, 1.2 * abs(x) - 0.65 * y + 0.25 * r),
+    "bar": lambda x, y, r: np.maximum(abs(x), 2.5 * abs(y)),
+    "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
+    "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
+}
+RADII = {"small": 0.15, "large": 0.22}  # in image sides
+CORNERS = ["top left", "top right", "bottom left", "bottom right"]
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+HELD_OUT = list(zip(COLOURS, SHAPES))  # six pairs that never occur in training: each shape lacks one colour
+SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+SPLITS = ["train", "val", "zeroshot", "labelled", "labelled-val"]  # the last two: one thing of any pair, to classify
+
+
+class Thing(NamedTuple):
+    size: str
+    colour: str
+    shape: str
+    x: float  # centre in image sides, from the left
+    y: float  # and from the top
+
+    def __str__(self):
+        return f"a {self.size} {self.colour} {self.shape}"
+
+    def corner(self):
+        return CORNERS[2 * (self.y > 0.5) + (self.x > 0.5)]
+
+
+def place(rng, corners, pairs=PAIRS):
+    """Random things near the given corners (numbers of CORNERS)."""
+    things = []
+    for corner in corners:
+        x, y = (corner % 2, corner // 2) + rng.uniform(-1, 1, 2) * 0.05
+        size = rng.choice(list(RADII))
+        colour, shape = pairs[rng.integers(len(pairs))]
+        things.append(Thing(size, colour, shape, 0.25 + 0.5 * x, 0.25 + 0.5 * y))
+    return things
+
+
+def scene(seed, split, index):
+    """Things of scene (seed, split, index) and the generator that made them: one or two, in different corners."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    if split in ("train", "val"):
+        count = rng.integers(1, 3)
+        return place(rng, rng.permutation(4)[:count], SEEN), rng
+    pairs = HELD_OUT if split == "zeroshot" else PAIRS
+    return place(rng, rng.permutation(4)[:1], pairs), rng
+
+
+def draw(things, rng, size):
+    """Picture of a scene, (3, size, size) uint8: things on a dark background of random hue, with noise."""
+    centres = (np.arange(size) + 0.5) / size
+    image = np.broadcast_to(rng.uniform(0, 60, (3, 1, 1)), (3, size, size))
+    for thing in things:
+        r = RADII[thing.size]
+        distance = SHAPES[thing.shape](centres - thing.x, centres[:, None] - thing.y, r)  # (size, size)
+        cover = np.clip((r - distance) * size + 0.5, 0, 1)  # soft edges: the share of the pixel that is covered
+        colour = np.array(COLOURS[thing.colour])[:, None, None]
+        image = image + cover * (colour - image)
+    return (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def describe(things):
+    """All captions of a scene: its things in any order, each with its place."""
+    return [" and ".join(f"{thing} at the {thing.corner()}" for thing in order) for order in permutations(things)]
+
+
+def shapes(split, size, subset, seed):
+    counts = {"train": subset or 20_000, "val": 500, "zeroshot": 600, "labelled": 3000, "labelled-val": 1000}
+    images, captions, labels = [], [], []
+    for i in tqdm(range(counts[split]), f"drawing {split} scenes", leave=False):
+        things, rng = scene(seed, split, i)
+        images.append(draw(things, rng, size))
+        captions.append(describe(things))
+        labels.append(PAIRS.index((things[0].colour, things[0].shape)))
+    data = Dataset(np.stack(images), captions)
+    if split not in ("train", "val"):
+        data.labels = np.array(labels)
+        data.classes = [f"{colour} {shape}" for colour, shape in PAIRS]  # all pairs, not the held-out only
+        data.templates = [f"a {size} {{}} at the {corner}" for size in RADII for corner in CORNERS]
+    return data
+
+
+# ------------------------------------------------------------------------------------------------
+# cifar10, cifar100
+
+TEMPLATES = [  # labels become text by prompts, as JFT's do in the paper (Sec. 4.1); these CLIP uses for CIFAR
+    "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a bad photo of a {}.",
+    "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}.", "a photo of the {}."]
+CIFAR = {
+    "cifar10": dict(
+        folder="cifar-10-batches-py", train=[f"data_batch_{i}" for i in range(1, 6)], val=["test_batch"],
+        meta="batches.meta", names="label_names", labels="labels",
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", md5="c58f30108f718f92721af3b95e74349a"),
+    "cifar100": dict(
+        folder="cifar-100-python", train=["train"], val=["test"],
+        meta="meta", names="fine_label_names", labels="fine_labels",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", md5="eb9058c3a382ffc7106e4002c42a8d85"),
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and plain containers, and nothing that could run code."""
+
+    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+               ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise UserError(f"it wants to run {f'{module}.{name}'!r}, which no CIFAR file does: delete it")
+        return super().find_class(module, name)
+
+
+def read_pickle(path):
+    try:
+        with open(path, "rb") as f:
+            content = PlainUnpickler(f, encoding="latin1").load()
+    except UserError as e:
+        raise UserError(f"{path}: refused, {e}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; get it with --download") from None
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path}: truncated or corrupt ({type(e).__name__}); delete it and run again with --download") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a CIFAR file (a {type(content).__name__}); delete it and run again with --download")
+    return content
+
+
+def read_cifar_batch(path, labels_key, classes):
+    """-> images (n, 3, 32, 32) uint8, labels (n,)."""
+    batch = read_pickle(path)
+    images, labels = batch.get("data"), batch.get(labels_key)
+    corrupt = UserError(f"{path}: truncated or corrupt (no {labels_key!r} and 3072 bytes for each image); get it again")
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        raise corrupt
+    if not isinstance(labels, (list, np.ndarray)) or images.shape != (len(labels), 3072) or not len(labels):
+        raise corrupt
+    if not all(isinstance(label, (int, np.integer)) for label in labels):
+        raise corrupt
+    labels = np.array(labels, np.int64)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"{path}: labels {labels.min()} to {labels.max()} but {len(classes)} class names; get it again")
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+def cifar(name, data_dir, split, size, download):
+    kind = CIFAR[name]
+    if download:
+        fetch(kind["url"], kind["md5"], data_dir)
+    root = data_dir / kind["folder"] if os.path.isdir(data_dir / kind["folder"]) else data_dir  # DIR may be either
+    found = [root / file for file in kind[split] if os.path.isfile(root / file)]
+    if not found:
+        wanted = data_dir / kind["folder"] / kind[split][0]
+        raise UserError(f"{wanted}: no such file; give the folder that holds it as --data-dir, or add --download")
+    if len(found) < len(kind[split]):
+        note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; using those")
+    classes = read_pickle(root / kind["meta"]).get(kind["names"])
+    if not isinstance(classes, list) or not classes or not all(isinstance(text, str) for text in classes):
+        raise UserError(f"{root / kind['meta']}: no class names in it; get it again")
+    batches = [read_cifar_batch(path, kind["labels"], classes) for path in found]
+    images = np.concatenate([images for images, _ in batches])
+    labels = np.concatenate([labels for _, labels in batches])
+    if size != 32:
+        images = resize(images, size)
+    classes = [text.replace("_", " ") for text in classes]
+    captions = [[template.format(classes[label]) for template in TEMPLATES] for label in labels]
+    return Dataset(images, captions, labels, classes, TEMPLATES, augment=True)
+
+
+def resize(images, size):
+    """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
+    H, W = images.shape[2:]
+    side = min(H, W)
+    top, left = (H - side) // 2, (W - side) // 2
+    resized = np.empty((len(images), 3, size, size), np.uint8)
+    for i in range(0, len(images), 1000):
+        part = np.ascontiguousarray(images[i:i + 1000, :, top:top + side, left:left + side])
+        part = F.interpolate(torch.from_numpy(part), size=(size, size), mode="bilinear", antialias=True)
+        resized[i:i + 1000] = part.numpy()
+    return resized
+
+
+def fetch(url, md5, folder):
+    """Downloads an archive over https, checks its md5 and unpacks it in folder. One that is there already is kept."""
+    archive = folder / url.rsplit("/", 1)[1]
+    part = archive.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as f:
+                total = int(reply.headers.get("Content-Length", 0))
+                with tqdm.wrapattr(reply, "read", total=total, desc=f"downloading {archive.name}") as source:
+                    shutil.copyfileobj(source, f)
+            if part.stat().st_size < total:  # read() returns b"" then, without an error
+                raise OSError("the connection ended early")
+            os.replace(part, archive)
+    except (OSError, http.client.HTTPException) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{url}: download failed ({e}); run the same command again") from None
+    with open(archive, "rb") as f:
+        if hashlib.md5(f.read(), usedforsecurity=False).hexdigest() != md5:
+            raise UserError(f"{archive}: wrong md5, not {md5}; delete it and run again with --download")
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError("this Python cannot unpack archives safely; update to 3.10.12, 3.11.4 or newer")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")  # no links, devices or paths that lead outside
+    except (tarfile.TarError, OSError, EOFError) as e:
+        raise UserError(f"{archive}: could not be unpacked ({e}); delete it and run again with --download") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# coco, captions: images in files
+
+
+def to_rgb(image):
+    """A Pillow image of any mode as a viewer shows it: RGB, transparent parts white."""
+    Image = pillow()
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which convert() would cut at 255
+        values = np.asarray(image).astype(np.float64)
+        if image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        elif values.max() > 255:  # 16 bits; else they are 8-bit values in a larger container
+            values = values / 256
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path, size):
+    """Image file -> (3, size, size) uint8: the square in the middle. UserError if it cannot be read."""
+    Image = pillow()
+    from PIL import ImageOps
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
+            image = to_rgb(ImageOps.exif_transpose(image))
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return np.array(image).transpose(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
+        raise UserError(f"{path}: not a readable image ({e})") from None
+
+
+def cached_images(paths, size, name):
+    """Decodes image files once -> (M, 3, size, size) uint8 memory map, and the indices of the paths it holds.
+
+    It lies in ~/.cache/coca (or $COCA_CACHE) under a name made of the paths, dates and size: if any changes,
+    it is made anew. Unreadable files are named and left out.
+    """
+    facts = [size]
+    for path in paths:
+        facts.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns))
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
+    pixels = folder / f"{name}-{size}px-{fingerprint[:32]}.uint8"
+    index = pixels.with_suffix(".json")  # which paths it holds; written last
+    try:
+        kept = json.loads(index.read_text())
+        complete = pixels.stat().st_size == len(kept) * 3 * size * size
+    except (OSError, ValueError, TypeError):
+        complete = False  # not there, or cut off
+    if not complete:
+        pillow()  # its absence should show at once, not image by image
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = decode_to(pixels, paths, size, name)
+            index.write_text(json.dumps(kept))
+        except OSError as e:
+            raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
+                            "set COCA_CACHE to a folder that can be written") from None
+    return np.memmap(pixels, np.uint8, "r", shape=(len(kept), 3, size, size)), kept
+
+
+def decode_to(file, paths, size, name):
+    """Writes the pixels of the images one after the other into a file -> the indices of those that could be read."""
+    def decode(path):
+        try:
+            return read_image(path, size)
+        except UserError as e:
+            return e
+
+    temporary, kept = file.with_suffix(f".{os.getpid()}.tmp"), []
+    try:
+        # Written, not mapped: a full disk is then an error, and not the end of the process
+        with open(temporary, "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = pool.map(decode, paths)  # Pillow decodes outside Python's lock
+            for i, image in enumerate(tqdm(images, f"decoding {name}", len(paths), leave=False)):
+                if isinstance(image, UserError):
+                    note(f"{image}: skipped")
+                else:
+                    f.write(image.tobytes())
+                    kept.append(i)
+        failed = len(paths) - len(kept)
+        if failed > 0.01 * len(paths):
+            raise UserError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; "
+                            "replace or remove the files named above")
+        if failed:
+            note(f"{failed} of {len(paths)} images skipped")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return kept
+
+
+def captioned_images(texts, size, subset, name, source):
+    """texts: {path: [caption, ...]} -> Dataset. source: the file that named the paths, for messages."""
+    captions, empty = {}, 0
+    for path, found in texts.items():
+        real = [text for text in found if text.strip()]
+        empty += len(found) - len(real)
+        if real:
+            captions[path] = real
+    if empty:
+        note(f"{source}: {empty} empty captions skipped")
+    paths = take(sorted(captions), subset, source)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise UserError(f"{source}: {len(missing)} of the {len(paths)} images it names are not there, "
+                        f"first {missing[0]}; get them or take them out of the file")
+    images, kept = cached_images(paths, size, name)
+    return Dataset(images, [captions[paths[i]] for i in kept], augment=True)
+
+
+def read_text(path, what):
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a spreadsheet's byte order mark is no part of a column name
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {what}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({e}); {what}") from None
+
+
+def coco(data_dir, split, size, subset):
+    year = "2014" if os.path.isfile(data_dir / "annotations" / f"captions_{split}2014.json") else "2017"
+    annotations = data_dir / "annotations" / f"captions_{split}{year}.json"
+    text = read_text(annotations, "--data-dir must hold COCO's annotations/, train2017/ and val2017/ (or 2014)")
+    paths, texts = {}, {}
+    try:
+        content = json.loads(text)
+        for image in content["images"]:
+            paths[image["id"]] = data_dir / f"{split}{year}" / image["file_name"]
+        for annotation in content["annotations"]:
+            path = paths[annotation["image_id"]]
+            texts.setdefault(path, []).append(annotation["caption"] or "")
+            texts[path][-1].strip()  # a caption that is no text is an error here
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); unpack it again") from None
+    return captioned_images(texts, size, subset, f"coco-{split}", annotations)
+
+
+def captions(data_dir, split, size, subset):
+    tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
+    table = next((path for path in tables if path.exists()), tables[0])
+    text = read_text(table, "--data-dir must hold captions.txt or a .csv with columns image,caption")
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    texts = {}  # name of the image -> its captions
+    try:
+        if not {"image", "caption"} <= set(rows.fieldnames or ()):
+            raise UserError(f"{table}: the first line must name the columns image and caption, not {rows.fieldnames}")
+        for row in rows:
+            if None in row or "\n" in (row["image"] or ""):
+                raise csv.Error("too many columns, or a name of two lines")
+            texts.setdefault((row["image"] or "").strip(), []).append(row["caption"] or "")
+    except csv.Error as e:
+        raise UserError(f"{table}: line {rows.reader.line_num} is not CSV ({e}); "
+                        "quote captions that hold commas or quotes") from None
+    folder = data_dir
+    for name in ("Images", "images"):
+        if (data_dir / name).is_dir():
+            folder = data_dir / name
+    unseen = held_out(texts)
+    own = {folder / name: texts[name] for name in texts if (name in unseen) == (split == "val")}
+    return captioned_images(own, size, subset, f"captions-{split}", table)
+
+
+def held_out(names):
+    """About one name in ten, by a hash of it, for evaluation: adding files moves none across."""
+    digest = {name: hashlib.sha256(name.encode()).digest() for name in names}
+    chosen = {name for name in names if digest[name][0] < 26}
+    return chosen or {min(names, key=digest.get, default=None)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Videos: generated clips, and your own
+
+
+def moving_shapes(split, size, count, seed=0, frames=16):
+    """Generated clips of one thing that moves to the right or to the left within its corner.
+
+    -> two Datasets of the same images (count, frames, 3, size, size): labelled by colour and shape, which any
+    frame shows, and by direction, which no set of frames shows without their order.
+    """
+    clips, texts, pair, direction = [], [], [], []
+    for i in tqdm(range(count), "drawing clips", leave=False):
+        (thing,), rng = scene(seed, split, i)
+        to_the_right = rng.integers(2)
+        path = np.linspace(-0.12, 0.12, frames) * (1 if to_the_right else -1)
+        clips.append(np.stack([draw([thing._replace(x=thing.x + dx)], rng, size) for dx in path]))
+        texts.append(describe([thing]))
+        pair.append(PAIRS.index((thing.colour, thing.shape)))
+        direction.append(to_the_right)
+    clips = np.stack(clips)
+    return (Dataset(clips, texts, np.array(pair), [f"{colour} {shape}" for colour, shape in PAIRS]),
+            Dataset(clips, texts, np.array(direction), ["to the left", "to the right"]))
+
+
+def sample_frames(count, frames):
+    """Indices of that many of `count` frames, uniformly from the first to the last; fewer are repeated."""
+    return np.linspace(0, count - 1, frames).round().astype(int)
+
+
+def by_number(path):
+    """Sort key: frame2 comes before frame10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def read_clip(path, size, frames):
+    """A folder of frames, or an array file .npy (count, height, width, 3) uint8 -> (frames, 3, size, size) uint8."""
+    if path.is_dir():
+        files = sorted((file for file in path.iterdir() if not file.name.startswith(".")), key=by_number)
+        if not files:
+            raise UserError(f"{path}: a clip without frames; put images into it or remove it")
+        return np.stack([read_image(files[i], size) for i in sample_frames(len(files), frames)])
+    if path.suffix != ".npy":
+        raise UserError(f"{path}: a clip is a folder of frames or a .npy array; "
+                        "take a video apart first, for example with ffmpeg")
+    try:
+        clip = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
+    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
+        raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 (count, height, width, 3)")
+    return resize(clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2), size)
+
+
+def own_clips(data_dir, size, frames):
+    """A folder per class, clips in it -> training and evaluation Datasets, images (N, frames, 3, size, size)."""
+    root = Path(data_dir)
+    folders = sorted(path for path in root.glob("*/") if not path.name.startswith("."))
+    paths, labels = [], []
+    for label, folder in enumerate(folders):
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):
+                paths.append(path)
+                labels.append(label)
+    if len(folders) < 2 or not paths:
+        raise UserError(f"{data_dir}: {len(folders)} classes and {len(paths)} clips; "
+                        "give a folder with a folder of clips for each class")
+    clips = np.stack([read_clip(path, size, frames) for path in tqdm(paths, "reading clips", leave=False)])
+    names = [path.relative_to(root).as_posix() for path in paths]
+    unseen = held_out(names)
+    held = np.array([name in unseen for name in names])
+    data = Dataset(clips, [[]] * len(paths), np.array(labels), [folder.name for folder in folders])
+    return select(data, np.flatnonzero(~held)), select(data, np.flatnonzero(held))
+
+
+# ------------------------------------------------------------------------------------------------
+# Understanding: questions about scenes, and captions that hold or do not
+
+ANSWERS = ["no", "yes", "0", "1", "2", *COLOURS]
+
+
+def colour_question(left, right, rng):
+    if rng.integers(2):
+        return f"what colour is the shape left of the {right.shape}", left.colour
+    return f"what colour is the shape right of the {left.shape}", right.colour
+
+
+def presence_question(left, right, rng):
+    """Asks for a colour that is there: half of the questions, with a shape that does not have it."""
+    there = [(left.colour, left.shape), (right.colour, right.shape)]
+    present = rng.integers(2)
+    pairs = [pair for pair in PAIRS if pair[0] in (left.colour, right.colour) and (pair in there) == present]
+    colour, shape = pairs[rng.integers(len(pairs))]
+    return f"is there a {colour} {shape}", ANSWERS[present]
+
+
+def count_question(left, right, rng):
+    there = [left.shape, right.shape]
+    absent = [shape for shape in SHAPES if shape not in there]
+    shape = rng.choice(there if rng.random() < 2 / 3 else absent)
+    return f"how many {shape}", str(there.count(shape))
+
+
+def questions(size, count, seed=0):
+    """Scenes of two things side by side, each with a question of one of three kinds in turn; the answer is the label.
+
+    For each kind all answers are equally likely, and scenes are alike for all kinds: without the image nothing
+    beats chance, and without the question not even that can be reached.
+    """
+    images, texts, answers = [], [], []
+    for i in tqdm(range(count), "drawing questions", leave=False):
+        rng = np.random.default_rng([seed, len(SPLITS), i])
+        left, right = place(rng, [0, 1] if rng.integers(2) else [2, 3])
+        shape, other = rng.permutation(list(SHAPES))[:2]
+        left = left._replace(shape=shape)
+        right = right._replace(shape=shape if rng.integers(2) else other)
+        ask = (colour_question, presence_question, count_question)[i % 3]
+        text, answer = ask(left, right, rng)
+        images.append(draw([left, right], rng, size))
+        texts.append([text])
+        answers.append(ANSWERS.index(answer))
+    return Dataset(np.stack(images), texts, np.array(answers), ANSWERS)
+
+
+def entailment(size, count, seed=0):
+    """Scenes of two things with a caption that holds (label 1) or has one property of one thing wrong (label 0)."""
+    images, texts, labels = [], [], []
+    for i in tqdm(range(count), "drawing captions", leave=False):
+        rng = np.random.default_rng([seed, len(SPLITS) + 1, i])
+        things = place(rng, rng.permutation(4)[:2])
+        true = describe(things)
+        text, holds = true[0], rng.integers(2)
+        while not holds and text in true:
+            text = describe(spoil(things, rng))[0]
+        images.append(draw(things, rng, size))
+        texts.append([text])
+        labels.append(holds)
+    return Dataset(np.stack(images), texts, np.array(labels), ["does not hold", "holds"])
+
+
+def spoil(things, rng):
+    """The things, one of them with another size, colour, shape or place."""
+    changed = list(things)
+    k = rng.integers(len(things))
+    other = place(rng, [rng.integers(4)])[0]
+    name = rng.choice(["size", "colour", "shape", "place"])
+    if name == "place":
+        changed[k] = changed[k]._replace(x=other.x, y=other.y)
+    else:
+        changed[k] = changed[k]._replace(**{name: getattr(other, name)})
+    return changed
+
+
+# ------------------------------------------------------------------------------------------------
+# De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
+
+THRESHOLD = 0.955  # of the cosine of two thumbnails; python tests/bench.py dedup shows why
+
+
+def thumbnails(images):
+    """images (N, 3, H, W) uint8 -> (N, 192) 8 x 8 pixels without mean and contrast: brightness and re-encoding change little."""
+    parts = []
+    for i in range(0, len(images), 2000):
+        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 2000])).float()
+        x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
+        parts.append(F.normalize(x - x.mean(1, keepdim=True)))
+    return torch.cat(parts)
+
+
+def slight_crops(images, mirrored):
+    """The images themselves, then 13 crops of 95 and 90 % of their sides: a cropped copy is near one of them."""
+    S = images.shape[-1]
+    for share, places in ((1, [0]), (0.95, [0, 1]), (0.9, [0, 0.5, 1])):
+        side = round(share * S)
+        for y in places:
+            for x in places:
+                top, left = round(y * (S - side)), round(x * (S - side))
+                crop = images[:, :, top:top + side, left:left + side]
+                yield crop
+                if mirrored:
+                    yield crop[..., ::-1]
+
+
+def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
+    """Which of the images (N, 3, S, S) are near-copies of evaluation images (M, 3, S', S')? All are compared with all.
+
+    -> the evaluation image each is nearest to (N,), -1 = it is no copy; the cosine (N,), 0 = it is no copy;
+    which of the evaluation images have a copy (M,).
+    """
+    own = thumbnails(images)                                            # (N, 192)
+    nearest = torch.full((len(images),), -1)
+    similarity = torch.zeros(len(images))
+    copied = torch.zeros(len(evaluation), dtype=torch.bool)
+    for crop in tqdm(slight_crops(evaluation, mirrored), "looking for duplicates", 14 * (1 + mirrored), leave=False):
+        others = thumbnails(crop).T                                     # (192, M)
+        for rows in torch.arange(len(images)).split(2000):
+            cosine = own[rows] @ others                                 # (2000, M)
+            near = cosine.amax(1) > threshold  # few: only these are looked at closely
+            rows, cosine = rows[near], cosine[near]
+            copied |= (cosine > threshold).any(0)
+            best, where = cosine.max(1) if len(rows) else (cosine.new_zeros(0), rows)
+            nearer = best > similarity[rows]
+            nearest[rows[nearer]] = where[nearer]
+            similarity[rows[nearer]] = best[nearer]
+    return nearest.numpy(), similarity.numpy(), copied.numpy()
+
+
+def without_duplicates(data, evaluation, mirrored=False):
+    """data without the near-duplicates of the evaluation images; says how many. UserError if nothing is left."""
+    nearest, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
+    kept = np.flatnonzero(nearest < 0)
+    note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, "
+         f"near-duplicates of {copied.sum():,} of {len(evaluation):,} evaluation images")
+    if not len(kept):
+        raise UserError("every training image is a near-duplicate of an evaluation image; give other data")
+    return select(data, kept)
+
+
+def contact_sheet(left, right):
+    """Images (n, 3, S, S) and (n, 3, S, S) -> a Pillow image, pairs side by side, six pairs a row, three times as large."""
+    pairs = np.concatenate([left, right], 3)                            # (n, 3, S, 2 S)
+    pairs = np.pad(pairs, ((0, -len(pairs) % 6), (0, 0), (1, 1), (1, 1)))
+    n, _, H, W = pairs.shape
+    sheet = pairs.reshape(n // 6, 6, 3, H, W).transpose(0, 3, 1, 4, 2).reshape(n // 6 * H, 6 * W, 3)
+    return pillow().fromarray(sheet).resize((3 * 6 * W, 3 * (n // 6) * H))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Near-duplicates of the evaluation images in the training images (Sec. 4.1)",
+                                usage="python data.py dedup --data NAME --data-dir DIR [options]")
+    p.add_argument("command", choices=["dedup"])
+    p.add_argument("--data", choices=NAMES, default="shapes")
+    p.add_argument("--data-dir")
+    p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
+    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
+    p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"least cosine of thumbnails (default: {THRESHOLD})")
+    p.add_argument("--show", metavar="FILE.png", type=new_file, help="write the 48 likest pairs there: training image, evaluation image")
+    args = p.parse_args(argv)
+    if args.size < 1:
+        p.error(f"--size must be at least 1, not {args.size}")
+    data = load(args.data, args.data_dir, "train", args.size)
+    evaluation = load(args.data, args.data_dir, "val", args.size)
+    nearest, similarity, copied = near_duplicates(data.images, evaluation.images, args.threshold, args.mirrored)
+    print(f"{(nearest >= 0).sum():,} of {len(data):,} training images are near-duplicates "
+          f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
+    likest = similarity.argsort(kind="stable")[::-1][:48]
+    likest = likest[nearest[likest] >= 0]
+    for i in likest[:10]:
+        print(f"{similarity[i]:.3f}  train {i}: {data.captions[i][0]}"
+              f"  |  evaluation {nearest[i]}: {evaluation.captions[nearest[i]][0]}")
+    if args.show and len(likest):
+        try:
+            contact_sheet(data.images[likest], evaluation.images[nearest[likest]]).save(args.show)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{args.show}: cannot be written ({e}); give another --show") from None
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as e:
+    except UserError as e:
         sys.exit(f"error: {e}")

@@ -7,24 +7,22 @@
     python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D   another task, never trained for
     python eval.py runs/shapes/checkpoint.pt --json scores.json          the same for machines
     python eval.py runs/shapes/checkpoint.pt --report report.html        the same to look at: a page with pictures
-    python eval.py --bench --config bench-tiny bench-small               speed and memory of this machine
 
 The chance level stands beside each score.
 """
-import argparse  # noqa: I001 (the long import below stays two lines)
+import argparse
 import base64
-import contextlib
 import copy
 import dataclasses
 import functools
 import html
+import io
 import json
 import math
+import os
 import statistics
-import struct
 import sys
 import time
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -32,23 +30,100 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from coca import BEGIN, CONFIGS, END, PAD, Block, CoCa, CoCaConfig, Head, contrastive_loss
-from data import (COLOURS, NAMES, SHAPES, Batches, DataError, Dataset, Tokenizer, entailment, load, moving_shapes, note, own_clips,
-                  questions, read_image, sample_frames, to_model)
+from coca import BEGIN, END, PAD, UNKNOWN, Classifier, CoCa, CoCaConfig
+from data import (
+    COLOURS,
+    NAMES,
+    SHAPES,
+    Tokenizer,
+    UserError,
+    entailment,
+    load,
+    moving_shapes,
+    new_file,
+    note,
+    own_clips,
+    pillow,
+    questions,
+    read_image,
+    sample_frames,
+    to_model,
+    words,
+)
 
 # ------------------------------------------------------------------------------------------------
-# Embeddings
+# Checkpoints
+
+FORMAT = 2  # of a checkpoint; goes up when older ones can no longer be read
+
+
+def replace_file(path, write):
+    """write(f) fills a file beside `path`, which then takes its place: at no moment is there half a file."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({str(e).splitlines()[0]}); the one before, if any, is untouched") from None
+
+
+def save_checkpoint(path, model, tokenizer, **more):
+    """All that `load_checkpoint` needs, and what else is given, as plain types and tensors."""
+    checkpoint = dict(format=FORMAT, config=dataclasses.asdict(model.config), vocabulary=tokenizer.words,
+                      model=model.state_dict(), **more)
+    replace_file(path, lambda f: torch.save(checkpoint, f))
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> model, tokenizer, the whole checkpoint (plain types only: no code runs on loading). UserError if it is none."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint; python train.py makes one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        made_by = checkpoint.get("format", 1) if "vocabulary" in checkpoint else None
+        if made_by == FORMAT:
+            model = CoCa(CoCaConfig(**checkpoint["config"])).to(device)
+            model.load_state_dict(checkpoint["model"])
+            return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
+    except Exception as e:  # cut off, foreign, or with code in it: torch names each differently
+        raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); give another one") from None
+    if made_by is None:
+        raise UserError(f"{path}: not a checkpoint of this program; give another one")
+    raise UserError(f"{path}: a checkpoint of format {made_by}, and this version reads format {FORMAT}; train again")
+
+
+def pick_device(name):
+    """"auto" -> cuda, mps or cpu, whichever is there first. UserError if the one asked for cannot be used."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as e:  # torch has a kind of its own for each device
+        raise UserError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]}); leave it out") from None
+    return name
+
+
+# ------------------------------------------------------------------------------------------------
+# Embeddings and captions of a data set
+
+
+def device_of(model):
+    return model.log_temperature.device
 
 
 def in_batches(model, images, what, batch=256):
     """Batches of images (N, 3, S, S) uint8 as the model takes them, with progress."""
     for i in tqdm(range(0, len(images), batch), what, leave=False):
-        yield to_model(torch.tensor(images[i:i + batch]).to(model.log_temperature.device))
+        yield to_model(torch.tensor(images[i:i + batch]).to(device_of(model)))
 
 
 def embed_images(model, images):
@@ -58,43 +133,73 @@ def embed_images(model, images):
 
 def embed_texts(model, tokenizer, texts, batch=1024):
     """texts -> (len(texts), E) unit norm."""
-    device = model.log_temperature.device
-    parts = [model.encode_text(tokenizer.encode(texts[i:i + batch], model.config.text_len).to(device))
-             for i in range(0, len(texts), batch)]
+    parts = []
+    for i in range(0, len(texts), batch):
+        tokens = tokenizer.encode(texts[i:i + batch], model.config.text_len)
+        parts.append(model.encode_text(tokens.to(device_of(model))))
     return torch.cat(parts)
 
 
+def embed_clips(model, clips, frames=16):
+    """clips (N, T, 3, S, S) uint8 -> (N, E) unit norm: the mean embedding of 16 uniformly sampled frames (Sec. 4.2)."""
+    sampled = clips[:, sample_frames(clips.shape[1], frames)]           # (N, 16, 3, S, S)
+    embedding = embed_images(model, sampled.reshape(-1, *clips.shape[2:]))
+    return F.normalize(embedding.unflatten(0, (-1, frames)).mean(1), dim=-1)
+
+
+def caption(model, tokenizer, images, **how):
+    """images (N, 3, S, S) uint8 -> N captions, greedy unless `how` (see CoCa.generate) says otherwise."""
+    texts = []
+    for x in in_batches(model, images, "captioning"):
+        texts += [tokenizer.decode(tokens) for tokens in model.generate(x, **how).tolist()]
+    return texts
+
+
 # ------------------------------------------------------------------------------------------------
-# Tasks
+# Metrics
 
 
 def zero_shot(image_embedding, model, tokenizer, data):
-    """Zero-shot classification (Table 4) -> predictions (N,): the class whose prompts lie nearest.
+    """Zero-shot classification (Table 4) -> predictions (N,): the class whose prompts lie nearest, -1 if two are equally near.
 
     Prompt ensembling as in CLIP: a class is the mean of its prompts' embeddings.
     """
-    prompts = [template.format(name) for name in data.classes for template in data.templates]
-    text = embed_texts(model, tokenizer, prompts).unflatten(0, (len(data.classes), -1))  # (classes, templates, E)
-    text = F.normalize(text.mean(1), dim=-1)                            # (classes, E)
-    return (image_embedding @ text.T).argmax(1)
+    prompts = []
+    for name in data.classes:
+        prompts += [template.format(name) for template in data.templates]
+    text = embed_texts(model, tokenizer, prompts)                       # (classes * templates, E)
+    text = text.unflatten(0, (len(data.classes), -1)).mean(1)           # (classes, E)
+    scores = image_embedding @ F.normalize(text, dim=-1).T              # (N, classes)
+    best, predicted = scores.max(1)
+    alone = (~(scores < best[:, None])).sum(1) == 1  # (NaN is not less than anything)
+    return torch.where(alone, predicted, -1)
 
 
 def recall(scores, relevant, ks=(1, 5, 10)):
     """Share of queries with a relevant item among their K nearest, and the same by chance -> {K: (recall, chance)}.
 
     scores (queries, items); relevant: for each query the list of its items. Several relevant items count
-    once, by the best ranked. A tie counts against: equal embeddings for everything must not score.
+    once, by the best ranked. A tie counts against, and NaN is never right: a broken model must not score.
     """
     items, ranks = scores.shape[1], []
-    for row, mine in zip(scores, relevant):
-        best = row[mine].max()
-        ranks.append(int((row >= best).sum() - (row[mine] >= best).sum()))
-    ranks = torch.tensor(ranks)
+    for row, right in zip(scores, relevant):
+        best = row[right].max()
+        ahead = (~(row < best)).sum() - (~(row[right] < best)).sum()
+        ranks.append(math.inf if best.isnan() else ahead.item())
+    found = {}
+    for k in ks:
+        hits = sum(rank < k for rank in ranks) / len(ranks)
+        chance = sum(chance_of_a_hit(items, len(right), k) for right in relevant) / len(ranks)
+        found[k] = hits, chance
+    return found
 
-    def miss(g, k):  # probability that k of the items, drawn at random, hold none of g
-        return math.prod(max(items - g - j, 0) / (items - j) for j in range(min(k, items)))
 
-    return {k: ((ranks < k).float().mean().item(), 1 - sum(miss(len(mine), k) for mine in relevant) / len(relevant)) for k in ks}
+def chance_of_a_hit(items, right, k):
+    """Probability that k of the items, drawn at random, hold one of those that are right."""
+    miss = 1.0
+    for j in range(min(k, items)):
+        miss *= max(items - right - j, 0) / (items - j)
+    return 1 - miss
 
 
 def retrieval(image_embedding, model, tokenizer, captions):
@@ -102,31 +207,28 @@ def retrieval(image_embedding, model, tokenizer, captions):
 
     captions: a list of texts per image, all used. A text that several images carry is one item, right for each.
     """
-    texts = list(dict.fromkeys(text for mine in captions for text in mine))
-    index = {text: i for i, text in enumerate(texts)}
-    of_image = [sorted({index[text] for text in mine}) for mine in captions]
-    of_text = [[] for _ in texts]
-    for i, mine in enumerate(of_image):
-        for j in mine:
+    index, of_image, of_text = {}, [], []  # text -> its number; texts of each image; images of each text
+    for i, texts in enumerate(captions):
+        of_image.append([])
+        for text in dict.fromkeys(texts):
+            j = index.setdefault(text, len(index))
+            if j == len(of_text):
+                of_text.append([])
+            of_image[i].append(j)
             of_text[j].append(i)
-    scores = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
+    scores = image_embedding @ embed_texts(model, tokenizer, list(index)).T  # (images, texts)
     return {"image to text": recall(scores, of_image), "text to image": recall(scores.T, of_text)}
-
-
-def caption(model, tokenizer, images, **how):
-    """images (N, 3, S, S) uint8 -> N captions, greedy unless `how` (see CoCa.generate) says otherwise."""
-    return [tokenizer.decode(row) for x in in_batches(model, images, "captioning") for row in model.generate(x, **how).tolist()]
 
 
 def tokenised(text):
     """Text -> lower-case words with spaces between, punctuation dropped: near COCO's Java tokeniser, which keeps "t-shirt" whole."""
-    return " ".join(word for word in Tokenizer.pattern.findall(text.lower()) if any(map(str.isalnum, word)))
+    return " ".join(word for word in words(text) if any(map(str.isalnum, word)))
 
 
 def n_grams(text):
     """A tokenised text -> its n-grams and how often it has each, a Counter for each n = 1, 2, 3, 4."""
-    words = text.split()
-    return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
+    found = text.split()
+    return [Counter(zip(*(found[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
 
 
 def bleu(candidates, references):
@@ -134,17 +236,19 @@ def bleu(candidates, references):
 
     candidates: a tokenised text per image; references: a list of them per image. BLEU-n is the geometric mean over
     k = 1, ..., n of the share of the candidates' k-grams that are right, times a penalty if they are too short.
-    By chance: no formula, but people's captions of other images get about 0.31, 0.13, 0.05, 0.02 on Flickr8k.
     Like CIDEr-D below it is that of the COCO evaluation code, whose METEOR and SPICE need Java and are left out.
     """
     right, total, wanted = [0] * 4, [0] * 4, 0
-    for text, mine in zip(candidates, references, strict=True):
-        for n, (counts, *true) in enumerate(zip(n_grams(text), *map(n_grams, mine))):
+    for text, texts in zip(candidates, references, strict=True):
+        reference_grams = [n_grams(reference) for reference in texts]
+        for n, counts in enumerate(n_grams(text)):
             total[n] += counts.total()
-            # clipped: an n-gram is right at most as often as the reference that has it most often
-            right[n] += sum(min(count, max(other[gram] for other in true)) for gram, count in counts.items())
-        length, lengths = len(text.split()), [len(other.split()) for other in mine]
-        wanted += min((abs(n - length), n) for n in lengths)[1]  # the closest length; of two the shorter
+            for gram, count in counts.items():
+                most = max(grams[n][gram] for grams in reference_grams)
+                right[n] += min(count, most)  # right at most as often as the reference that has it most often
+        length = len(text.split())
+        lengths = [len(reference.split()) for reference in texts]
+        wanted += min(lengths, key=lambda n: (abs(n - length), n))  # the closest length; of two the shorter
     # The constants are COCO's and only matter where a count is 0. total[0]: the number of words
     precisions = [(r + 1e-15) / (t + 1e-9) for r, t in zip(right, total)]
     brevity = math.exp(min(0, 1 - (wanted + 1e-9) / (total[0] + 1e-15)))
@@ -158,26 +262,36 @@ def cider_d(candidates, references, sigma=6.0):
     weighing less the more images have it; mean over n = 1, ..., 4. The images counted are those given, so scores on other
     sets do not compare, and what all images have weighs log(1) = 0: a set of one image scores 0.
     """
-    images_with = Counter(gram for mine in references for gram in {g for text in mine for counts in n_grams(text) for g in counts})
+    images_with = Counter()
+    for texts in references:
+        grams = set()
+        for text in texts:
+            grams.update(*n_grams(text))
+        images_with.update(grams)
 
     def tf_idf(text):  # -> a vector {n-gram: weight} for each n
-        return [{gram: count * math.log(len(references) / max(1, images_with[gram])) for gram, count in counts.items()}
-                for counts in n_grams(text)]
+        vectors = []
+        for counts in n_grams(text):
+            vectors.append({gram: count * math.log(len(references) / max(1, images_with[gram]))
+                            for gram, count in counts.items()})
+        return vectors
 
     scores = []
-    for text, mine in zip(candidates, references, strict=True):
-        vectors, score = tf_idf(text), 0.0
-        for other in mine:
-            penalty = math.exp(-(len(text.split()) - len(other.split())) ** 2 / (2 * sigma**2))
-            for x, y in zip(vectors, tf_idf(other)):
-                dot = sum(min(x[gram], y[gram]) * y[gram] for gram in x if gram in y)  # clipped: repeating a word gains nothing
-                score += penalty * dot / (math.hypot(*x.values()) * math.hypot(*y.values()) or 1)
-        scores.append(10 * score / (4 * len(mine)))
+    for text, texts in zip(candidates, references, strict=True):
+        candidate, score = tf_idf(text), 0.0
+        for reference in texts:
+            difference = len(text.split()) - len(reference.split())
+            penalty = math.exp(-difference**2 / (2 * sigma**2))
+            for x, y in zip(candidate, tf_idf(reference)):
+                dot = sum(min(x[gram], y[gram]) * y[gram] for gram in x if gram in y)  # repeating a word gains nothing
+                norms = math.hypot(*x.values()) * math.hypot(*y.values())
+                score += penalty * dot / (norms or 1)
+        scores.append(10 * score / (4 * len(texts)))
     return statistics.fmean(scores)
 
 
 # ------------------------------------------------------------------------------------------------
-# Transfer: one head and one loop for all that is learned (Sec. 3.3 and 4.2, Tables 9 and 10)
+# Transfer: one Classifier and one loop for all that is learned (Sec. 3.3 and 4.2, Tables 9 and 10)
 
 
 @dataclasses.dataclass
@@ -188,8 +302,8 @@ class Recipe:
     ImageNet batches of 512 and 128) Table 9 is followed. The decoder has no row in Table 10: it learns at `lr`.
     """
 
-    lr: float = 5e-4  # of the head and, in understanding, of poolers and decoder
-    encoder_lr: float = 0.0  # 0 = frozen
+    lr: float = 5e-4  # of the classifier and, in understanding, of poolers and decoder
+    encoder_lr: float = 0.0  # 0 = the model is frozen
     smoothing: float = 0.0
     weight_decay: float = 0.0
     warm_up: int = 0
@@ -197,20 +311,22 @@ class Recipe:
     batch: int = 64
 
 
-FROZEN, FINETUNED = Recipe(smoothing=0.2, weight_decay=0.01), Recipe(encoder_lr=5e-4, smoothing=0.5, weight_decay=0.01, steps=400)
-VIDEO_FROZEN = Recipe(smoothing=0.1, warm_up=10, steps=600)
+FROZEN = Recipe(smoothing=0.2, weight_decay=0.01)
+FINETUNED = Recipe(encoder_lr=5e-4, smoothing=0.5, weight_decay=0.01, steps=400)
+VIDEO_FROZEN = Recipe(smoothing=0.1, warm_up=10, steps=300, batch=16)
 VIDEO_FINETUNED = Recipe(encoder_lr=5e-4, smoothing=0.1, warm_up=10, steps=300, batch=16)
 UNDERSTANDING = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=600)
 
 
 def image_tokens(model, images):
-    """images (B, 3, S, S) uint8 -> (B, P, D), all that a frozen evaluation keeps of the model: the decoder is discarded."""
+    """images (B, 3, S, S) uint8 -> (B, P, D), all that is kept of the model: decoder and poolers are discarded."""
     return (model.encoder(to_model(images)),)
 
 
 def clip_tokens(model, clips):
     """clips (B, frames, 3, S, S) uint8 -> (B, frames, P, D): each frame by itself (Sec. 3.3, no early fusion)."""
-    return (model.encoder(to_model(clips.flatten(0, 1))).unflatten(0, (len(clips), -1)),)
+    tokens = model.encoder(to_model(clips.flatten(0, 1)))               # (B * frames, P, D)
+    return (tokens.unflatten(0, (len(clips), -1)),)
 
 
 def decoder_states(model, images, tokens):
@@ -219,43 +335,54 @@ def decoder_states(model, images, tokens):
 
 
 class Learner(nn.Module):
-    """A head on what `read` takes from a model."""
+    """A model, what is read from it, and the classifier that reads it."""
 
-    def __init__(self, model, read, head):
+    def __init__(self, model, read, classifier):
         super().__init__()
-        self.model, self.read, self.head = model, read, head
+        self.model, self.read, self.classifier = model, read, classifier
 
     def forward(self, *inputs):
-        return self.head(*self.read(self.model, *inputs))
+        return self.classifier(*self.read(self.model, *inputs))
+
+
+@torch.no_grad()
+def run(function, inputs, device):
+    """function(*inputs), 256 rows at a time."""
+    outputs = []
+    for part in zip(*(t.split(256) for t in inputs)):
+        outputs.append(function(*(t.to(device) for t in part)))
+    return outputs
 
 
 @torch.enable_grad()
-def transfer(model, read, head, train, test, recipe, what):
-    """Trains a head, and the model too unless it is frozen, on train -> share of test that is right.
+def transfer(model, read, classifier, train, test, recipe, what):
+    """Trains a classifier, and a copy of the model too unless it is frozen, by Eq. (1) -> share of test that is right.
 
-    train and test: inputs of `read` as a tuple of tensors (N, ...), labels (N,). The model itself stays as it is.
+    train and test: inputs of `read` as a tuple of tensors (N, ...), labels (N,).
     """
-    device = model.log_temperature.device
-
-    def run(function, inputs):
-        batches = zip(*(t.split(256) for t in inputs))
-        with torch.no_grad():
-            return [function(*(t.to(device) for t in batch)) for batch in batches]
-
-    (inputs, labels), (unseen, answers) = train, test
-    groups = [dict(params=head.to(device).parameters(), lr=recipe.lr)]
+    device = device_of(model)
+    (inputs, labels), (test_inputs, test_labels) = train, test
+    groups = [dict(params=classifier.to(device).parameters(), lr=recipe.lr)]
     if recipe.encoder_lr:
-        learner = Learner(copy.deepcopy(model), read, head)
+        learner = Learner(copy.deepcopy(model), read, classifier)
         others = [p for name, p in learner.model.named_parameters() if not name.startswith("encoder.")]
-        groups += [dict(params=learner.model.encoder.parameters(), lr=recipe.encoder_lr), dict(params=others, lr=recipe.lr)]
-    else:  # the model is run once, and its outputs kept
-        learner = head
-        inputs, unseen = ([torch.cat(parts) for parts in zip(*run(lambda *x: read(model, *x), data))] for data in (inputs, unseen))
+        groups.append(dict(params=learner.model.encoder.parameters(), lr=recipe.encoder_lr))
+        groups.append(dict(params=others, lr=recipe.lr))
+    else:  # the model runs once, and the classifier learns from its outputs
+        learner = classifier
+        features = functools.partial(read, model)
+        inputs = [torch.cat(parts) for parts in zip(*run(features, inputs, device))]
+        test_inputs = [torch.cat(parts) for parts in zip(*run(features, test_inputs, device))]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min(1, (t + 1) / max(1, recipe.warm_up)) * (1 + math.cos(math.pi * t / recipe.steps)) / 2)
-    # EMA 0.9999 as in Table 9; less at the beginning, or so few steps would be an average of initial values
-    average = AveragedModel(learner, avg_fn=lambda mean, new, n: mean + (new - mean) * max(1 - 0.9999, 9 / (10 + n)))
+
+    def schedule(t):  # warm-up, then a cosine to zero
+        return min(1, (t + 1) / max(1, recipe.warm_up)) * (1 + math.cos(math.pi * t / recipe.steps)) / 2
+
+    def moving_average(mean, new, n):  # EMA 0.9999 as in Table 9; less at first, or it would hold initial values
+        return mean + (new - mean) * max(1 - 0.9999, 9 / (10 + n))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    average = AveragedModel(learner, avg_fn=moving_average)
     generator = torch.Generator().manual_seed(0)
     for _ in tqdm(range(recipe.steps), what, leave=False):
         rows = torch.randint(len(labels), (recipe.batch,), generator=generator)
@@ -263,12 +390,12 @@ def transfer(model, read, head, train, test, recipe, what):
         loss = F.cross_entropy(logits, labels[rows].to(device), label_smoothing=recipe.smoothing)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
-        cosine.step()
+        scheduler.step()
         average.update_parameters(learner)
-    predictions = torch.cat([logits.argmax(1).cpu() for logits in run(average, unseen)])
-    return (predictions == answers).float().mean().item()
+    logits = torch.cat(run(average, test_inputs, device)).cpu()
+    return (logits.argmax(1) == test_labels).float().mean().item()
 
 
 def tensors(data):
@@ -280,25 +407,16 @@ def tensors(data):
 # The tasks, by name
 
 
-class Unfit(DataError):
-    """The checkpoint or its data lack what a task needs."""
-
-
-def need(condition, text):
-    if not condition:
-        raise Unfit(text)
-
-
-class Subject:
-    """A checkpoint, and the data it is evaluated on; what several tasks read is made once."""
+class Context:
+    """A checkpoint and the data it is evaluated on; what several tasks read is made once."""
 
     def __init__(self, model, tokenizer, settings, clips=None):
         self.model, self.tokenizer, self.settings, self.clips = model, tokenizer, settings, clips
-        self.size, self.name = model.config.image_size, settings["data"]
+        self.size, self.seed = model.config.image_size, settings["seed"]
 
     def load(self, split):
-        need(split == "val" or self.name not in ("coco", "captions"), f"{self.name} has no classes; add --data cifar10 --data-dir DIR")
-        return load(self.name, self.settings["data_dir"], split, self.size, seed=self.settings["seed"])
+        s = self.settings
+        return load(s["data"], s["data_dir"], split, self.size, seed=self.seed, val_from_train=s.get("val_from_train", 0))
 
     @functools.cached_property
     def val(self):
@@ -315,191 +433,233 @@ class Subject:
     def zero_shot(self):
         """-> predicted classes (N,), and the labelled images they are predicted for."""
         data = self.load("zeroshot")
-        embedding = embed_images(self.model, data.images) if self.name == "shapes" else self.image_embedding  # else they are val's
+        if self.settings["data"] == "shapes":
+            embedding = embed_images(self.model, data.images)
+        else:  # they are the validation images
+            embedding = self.image_embedding
         return zero_shot(embedding, self.model, self.tokenizer, data).cpu().numpy(), data
 
-    def head(self, data, **how):
-        """A new head for data's classes, the same in every run."""
-        torch.manual_seed(self.settings["seed"])
-        return Head(self.model.config.width, self.model.config.heads, len(data.classes), **how)
+    def classifier(self, data, **how):
+        """A new classifier for data's classes, the same in every run."""
+        torch.manual_seed(self.seed)
+        return Classifier(self.model.config.width, self.model.config.heads, len(data.classes), **how)
 
-    def needs_words(self):
-        need({*COLOURS, *SHAPES} <= set(self.tokenizer.words), "the checkpoint lacks the words of generated scenes; train on --data shapes")
 
-    def needs_contrast(self):
-        need(self.model.config.lambda_con, "the checkpoint was trained with --lambda-con 0, its embeddings mean nothing")
+def missing(task, context):
+    """What the checkpoint or its data lack for a task; "" if nothing."""
+    config, data = context.model.config, context.settings["data"]
+    if task in ("zero-shot", "retrieval", "video-retrieval") and not config.lambda_con:
+        return "the checkpoint was trained with --lambda-con 0, its embeddings mean nothing"
+    if task == "captioning" and not config.lambda_cap:
+        return "the checkpoint was trained with --lambda-cap 0, its decoder never learned to write"
+    if task in ("zero-shot", "frozen", "finetuned") and data in ("coco", "captions"):
+        return f"{data} has no classes; add --data cifar10 --data-dir DIR"
+    if task in ("video-retrieval", "understanding") and not {*COLOURS, *SHAPES} <= set(context.tokenizer.words):
+        return "the checkpoint lacks the words of generated scenes; train on --data shapes"
+    return ""
 
 
 def row(score, chance):
     return {"score": score, "chance": chance}
 
 
-def zero_shot_task(s):
-    s.needs_contrast()
-    predicted, data = s.zero_shot()
+def zero_shot_task(context):
+    predicted, data = context.zero_shot()
     return {"zero-shot top-1": row((predicted == data.labels).mean().item(), 1 / len(data.classes))}
 
 
-def retrieval_rows(embedding, s, captions, image="image"):
-    return {f"{way.replace('image', image)} R@{k}": row(*value)
-            for way, found in retrieval(embedding, s.model, s.tokenizer, captions).items() for k, value in found.items()}
+def retrieval_task(context):
+    return retrieval_rows(context.image_embedding, context, context.val.captions)
 
 
-def retrieval_task(s):
-    s.needs_contrast()
-    return retrieval_rows(s.image_embedding, s, s.val.captions)
-
-
-def captioning_task(s, captioned=1000):
-    """Greedy and nucleus captions of at most `captioned` images; chance: the scores of every caption on the next image."""
-    need(s.model.config.lambda_cap, "the checkpoint was trained with --lambda-cap 0, its decoder never learned to write")
-    true = s.val.captions[:captioned]
-    plain = [{s.tokenizer.decode(line) for line in s.tokenizer.encode(mine, s.model.config.text_len)} for mine in true]
-    references = [[tokenised(text) for text in mine] for mine in true]
-
-    def scores(texts):
-        words = [tokenised(text) for text in texts]
-        return {"captions exactly right": sum(text in mine for text, mine in zip(texts, plain)) / len(texts),
-                **{f"BLEU-{n}": score for n, score in enumerate(bleu(words, references), 1)},
-                "CIDEr-D": cider_d(words, references)}
-
+def retrieval_rows(embedding, context, captions, image="image"):
     rows = {}
-    for suffix, how in (("", {}), (", nucleus", dict(temperature=1.0, top_p=0.9))):
-        torch.manual_seed(s.settings["seed"])
-        texts = caption(s.model, s.tokenizer, s.val.images[:captioned], **how)
-        chance = scores(texts[1:] + texts[:1])
-        rows |= {name + suffix: row(score, chance[name]) for name, score in scores(texts).items()}
-        rows["distinct captions" + suffix] = row(len(set(texts)) / len(texts), 1 / len(texts))
-        rows.setdefault("captions", [{"generated": text, "true": mine} for text, mine in zip(texts[:5], true)])
+    for direction, found in retrieval(embedding, context.model, context.tokenizer, captions).items():
+        for k, (score, chance) in found.items():
+            rows[f"{direction.replace('image', image)} R@{k}"] = row(score, chance)
     return rows
 
 
-def frozen_task(s):
+def captioning_task(context, most=1000):
+    """Greedy captions of at most `most` images. Chance: the scores of every caption on the next image."""
+    tokenizer, text_len = context.tokenizer, context.model.config.text_len
+    references, readable, unknown, total = [], [], 0, 0
+    for texts in context.val.captions[:most]:
+        tokens = tokenizer.encode(texts, text_len)
+        unknown += (tokens == UNKNOWN).sum().item()
+        total += (tokens > END).sum().item()
+        references.append([tokenised(text) for text in texts])
+        readable.append({tokenizer.decode(line) for line in tokens if UNKNOWN not in line})  # what can be written
+    captions = caption(context.model, tokenizer, context.val.images[:most])
+
+    def score(captions):
+        candidates = [tokenised(text) for text in captions]
+        right = sum(text in texts for text, texts in zip(captions, readable))
+        scores = {"captions exactly right": right / len(captions)}
+        for n, value in enumerate(bleu(candidates, references), 1):
+            scores[f"BLEU-{n}"] = value
+        scores["CIDEr-D"] = cider_d(candidates, references)
+        return scores
+
+    chance = score(captions[1:] + captions[:1])
+    rows = {name: row(value, chance[name]) for name, value in score(captions).items()}
+    rows["distinct captions"] = row(len(set(captions)) / len(captions), 1 / len(captions))
+    rows["unknown words"] = unknown / max(1, total)
+    rows["captions"] = [{"generated": text, "true": texts} for text, texts in zip(captions[:5], context.val.captions)]
+    return rows
+
+
+def frozen_task(context):
     """Sec. 3.3 "Frozen-feature evaluation": the encoder's tokens, read by a linear probe and by a new pooler."""
-    data, unseen = s.labelled
-    return {f"frozen, {name}": row(transfer(s.model, image_tokens, s.head(data, pooled=pooled), tensors(data), tensors(unseen),
-                                            FROZEN, name), 1 / len(data.classes))
-            for name, pooled in (("linear probe", False), ("new pooler", True))}
+    data, test = context.labelled
+    rows = {}
+    for name, pooled in (("linear probe", False), ("new pooler", True)):
+        classifier = context.classifier(data, pooled=pooled)
+        score = transfer(context.model, image_tokens, classifier, tensors(data), tensors(test), FROZEN, name)
+        rows[f"frozen, {name}"] = row(score, 1 / len(data.classes))
+    return rows
 
 
-def finetuned_task(s):
-    data, unseen = s.labelled
-    score = transfer(s.model, image_tokens, s.head(data), tensors(data), tensors(unseen), FINETUNED, "finetuning")
+def finetuned_task(context):
+    data, test = context.labelled
+    classifier = context.classifier(data)
+    score = transfer(context.model, image_tokens, classifier, tensors(data), tensors(test), FINETUNED, "finetuning")
     return {"finetuned": row(score, 1 / len(data.classes))}
 
 
-def video_task(s, frames=8):
-    """Sec. 3.3 "CoCa for Video Action Recognition": frozen, finetuned, and the same encoder without pretraining."""
-    if s.clips:
-        data, unseen = own_clips(s.clips, s.size, frames)
-        need(len(data), f"{s.clips}: no clips left to learn from; give more")
+def video_task(context, frames=8):
+    """Sec. 3.3 "CoCa for Video Action Recognition": frozen, finetuned, and the same encoder without pretraining.
+
+    All three see the same number of clips. 8 frames (the paper does not say how many); 16 for retrieval, as it says.
+    """
+    if context.clips:
+        data, test = own_clips(context.clips, context.size, frames)
+        if not len(data):
+            raise UserError(f"{context.clips}: no clips left to learn from; give more")
     else:
-        (data, moves), (unseen, unseen_moves) = (moving_shapes(split, s.size, count, s.settings["seed"], frames)
-                                                 for split, count in (("labelled", 300), ("labelled-val", 400)))
-    torch.manual_seed(s.settings["seed"])
-    fresh = CoCa(s.model.config).to(s.model.log_temperature.device)
-    rows = {f"video, {name}": row(transfer(model, clip_tokens, s.head(data), tensors(data), tensors(unseen), recipe, name),
-                                  1 / len(data.classes))
-            for name, model, recipe in (("frozen", s.model, VIDEO_FROZEN), ("finetuned", s.model, VIDEO_FINETUNED),
-                                        ("from scratch", fresh, VIDEO_FINETUNED))}
-    if s.clips:
-        return rows
-    (clips,), labels = tensors(unseen_moves)
-    both_ways = (torch.cat([clips, clips.flip(1)]),), torch.cat([labels, 1 - labels])  # the same frames, the other way round
-    for name, how in (("video order, frozen", {}), ("video order, frozen, temporal embedding", dict(frames=frames))):
-        rows[name] = row(transfer(s.model, clip_tokens, s.head(moves, **how), tensors(moves), both_ways, VIDEO_FROZEN, name), 0.5)
-    return rows
-
-
-def embed_clips(model, clips, frames=16):
-    """clips (N, T, 3, S, S) uint8 -> (N, E) unit norm: the mean embedding of 16 uniformly sampled frames (Sec. 4.2)."""
-    chosen = clips[:, sample_frames(clips.shape[1], frames)]
-    return F.normalize(embed_images(model, chosen.reshape(-1, *clips.shape[2:])).unflatten(0, (-1, frames)).mean(1), dim=-1)
-
-
-def video_retrieval_task(s):
-    s.needs_contrast()
-    s.needs_words()
-    data, _ = moving_shapes("labelled-val", s.size, 200, s.settings["seed"], frames=24)
-    return retrieval_rows(embed_clips(s.model, data.images), s, data.captions, "video")
-
-
-def understanding_task(s):
-    """Sec. 4.2 "Multimodal understanding", Table 10: a pooler over the decoder's outputs; controls that see only half."""
-    s.needs_words()
+        data, moves = moving_shapes("labelled", context.size, 300, context.seed, frames)
+        test, test_moves = moving_shapes("labelled-val", context.size, 400, context.seed, frames)
+    torch.manual_seed(context.seed)
+    untrained = CoCa(context.model.config).to(device_of(context.model))
     rows = {}
-    for name, data, chance in (("questions", questions(s.size, 4000, s.settings["seed"]), (1 / len(COLOURS) + 1 / 2 + 1 / 3) / 3),
-                               ("entailment", entailment(s.size, 4000, s.settings["seed"]), 1 / 2)):
-        (images,), labels = tensors(data)
-        tokens = s.tokenizer.encode([text for text, in data.captions], s.model.config.text_len)
-        seen = {name: (images, tokens)}
-        if name == "questions":
-            seen |= {"questions, image hidden": (torch.full_like(images, 128), tokens),
-                     "questions, text hidden": (images, torch.tensor([[BEGIN, END]]).expand(len(tokens), -1))}
-        for what, inputs in seen.items():
-            train, test = ((tuple(t[part] for t in inputs), labels[part]) for part in (slice(3400), slice(3400, None)))
-            rows[what] = row(transfer(s.model, decoder_states, s.head(data), train, test, UNDERSTANDING, what), chance)
+    for name, model, recipe in (("frozen", context.model, VIDEO_FROZEN), ("finetuned", context.model, VIDEO_FINETUNED),
+                                ("from scratch", untrained, VIDEO_FINETUNED)):
+        score = transfer(model, clip_tokens, context.classifier(data), tensors(data), tensors(test), recipe, name)
+        rows[f"video, {name}"] = row(score, 1 / len(data.classes))
+    if context.clips:
+        return rows
+    (clips,), labels = tensors(test_moves)
+    both_ways = (torch.cat([clips, clips.flip(1)]),), torch.cat([labels, 1 - labels])  # the same frames, in both orders
+    for name, how in (("", {}), (", temporal embedding", dict(frames=frames))):
+        name = f"video order, frozen{name}"
+        score = transfer(context.model, clip_tokens, context.classifier(moves, **how), tensors(moves), both_ways, VIDEO_FROZEN, name)
+        rows[name] = row(score, 1 / 2)
     return rows
+
+
+def video_retrieval_task(context):
+    data, _ = moving_shapes("labelled-val", context.size, 200, context.seed, frames=24)
+    return retrieval_rows(embed_clips(context.model, data.images), context, data.captions, "video")
+
+
+def understanding_task(context):
+    """Sec. 4.2 "Multimodal understanding", Table 10: a pooler over the decoder's outputs; controls that see only half."""
+    asked = questions(context.size, 4000, context.seed)
+    (images,), _ = tensors(asked)
+    no_text = torch.tensor([[BEGIN, END]]).expand(len(images), -1)
+    chance = (1 / len(COLOURS) + 1 / 2 + 1 / 3) / 3  # of the three kinds of question
+    stated = entailment(context.size, 4000, context.seed)
+    rows = {}
+    rows["questions"] = understand(context, asked, chance)
+    rows["questions, image hidden"] = understand(context, asked, chance, images=torch.full_like(images, 128))
+    rows["questions, text hidden"] = understand(context, asked, chance, tokens=no_text)
+    rows["entailment"] = understand(context, stated, 1 / 2)
+    return rows
+
+
+def understand(context, data, chance, images=None, tokens=None):
+    """Learns to classify 3,400 (image, text) pairs, is tested on the others -> a row. images, tokens: instead of data's."""
+    (own_images,), labels = tensors(data)
+    images = own_images if images is None else images
+    if tokens is None:
+        tokens = context.tokenizer.encode([text for text, in data.captions], context.model.config.text_len)
+    train = (images[:3400], tokens[:3400]), labels[:3400]
+    test = (images[3400:], tokens[3400:]), labels[3400:]
+    score = transfer(context.model, decoder_states, context.classifier(data), train, test, UNDERSTANDING, "understanding")
+    return row(score, chance)
 
 
 TASKS = {"zero-shot": zero_shot_task, "retrieval": retrieval_task, "captioning": captioning_task, "frozen": frozen_task,
-         "finetuned": finetuned_task, "video-retrieval": video_retrieval_task, "video": video_task, "understanding": understanding_task}
+         "finetuned": finetuned_task, "video-retrieval": video_retrieval_task, "video": video_task,
+         "understanding": understanding_task}
 
 
 def evaluate(model, tokenizer, settings, tasks=("zero-shot", "retrieval", "captioning"), strict=False, clips=None):
-    """Tasks that the checkpoint and `settings` (data, data_dir, seed) are fit for -> a dict of plain numbers and texts.
+    """Tasks on the data of `settings` (data, data_dir, seed) -> a dict of plain numbers and texts.
 
-    strict: Unfit if one of the tasks is not possible, else it is left out with a note.
+    A task that lacks something is left out with a note; strict: it is a UserError.
     """
     model.eval()
-    subject = Subject(model, tokenizer, settings, clips)
+    context = Context(model, tokenizer, settings, clips)
     scores = {"data": settings["data"]}
     for name in tasks:
-        began = time.perf_counter()
-        try:
-            with torch.no_grad():
-                rows = TASKS[name](subject)
-        except Unfit as e:
-            if strict:
-                raise
-            note(f"{name} left out: {e}")
+        lacks = missing(name, context)
+        if lacks and strict:
+            raise UserError(f"{name}: {lacks}")
+        if lacks:
+            note(f"{name} left out: {lacks}")
             continue
-        next(iter(rows.values()))["seconds"] = time.perf_counter() - began
-        scores |= rows
-    if "val" in vars(subject):  # some task has read them
-        scores["images"] = len(subject.val)
+        began = time.perf_counter()
+        with torch.no_grad():
+            rows = TASKS[name](context)
+        first = next(iter(rows))
+        rows[first]["seconds"] = time.perf_counter() - began
+        scores.update(rows)
+    if "val" in vars(context):  # some task has read them
+        scores["images"] = len(context.val)
     return scores
 
 
-def report(scores):
-    """Prints what evaluate returned; the seconds of a task stand beside its first score."""
-    print(f"{scores['data']}: {scores['images']} validation images" if "images" in scores else scores["data"])
-    print(f"{'':40} {'score':>8} {'chance':>8} {'seconds':>8}")
+def print_scores(scores, examples=1):
+    """Prints what evaluate returned, without BLEU-1 to 3; the seconds of a task stand beside its first score."""
+    images = f", {scores['images']} validation images" if "images" in scores else ""
+    print(f"{scores['data'] + images:40}{'score':>9}{'chance':>9}{'seconds':>9}")
     for name, value in scores.items():
-        if isinstance(value, dict):
-            print(f"{name:40} {value['score']:8.2%} {value['chance']:8.2%}" + (f"{value['seconds']:9.1f}" if "seconds" in value else ""))
-    for pair in scores.get("captions", ()):
+        if not isinstance(value, dict) or name in ("BLEU-1", "BLEU-2", "BLEU-3"):
+            continue
+        seconds = f"{value['seconds']:9.1f}" if "seconds" in value else ""
+        print(f"{name:40}{number(name, value['score']):>9}{number(name, value['chance']):>9}{seconds}")
+    if scores.get("unknown words"):
+        print(f"{scores['unknown words']:.1%} of the words in the true captions are unknown to the checkpoint")
+    for pair in scores.get("captions", ())[:examples]:
         print(f"  generated: {pair['generated']}\n       true: {pair['true'][0]}")
+
+
+def number(name, value):
+    """A score as it is printed: a share in per cent, CIDEr-D, which is none, as it is."""
+    return f"{value:.3f}" if name == "CIDEr-D" else f"{value:.2%}"
 
 
 # ------------------------------------------------------------------------------------------------
 # Report: one HTML page that needs no other file, no network and no script
 
-HEAD = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --line: #c8c8c8; --tint: #ffb74d; --curve: #0059b3 }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e8e8e8; --line: #484d55; --tint: #8a4b00; --curve: #7ab8ff } }
-body { margin: auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181c; --ink: #e8e8e8; --line: #484d55; --tint: #8a4b00; --curve: #7ab8ff } }
+body { margin: auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
 a { color: var(--curve); margin-right: 1rem }
 .skip:not(:focus) { position: absolute; transform: translateY(-200%) }
 .scroll { overflow-x: auto; overflow-wrap: normal; margin-bottom: .75rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 caption, th, td { padding: .15rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.heat, .bar { display: block; padding: 0 .3rem; background: color-mix(in srgb, var(--tint) calc(var(--share) * 100%), transparent) }
+.heat, .bar { display: block; padding: 0 .3rem;
+  background: color-mix(in srgb, var(--tint) calc(var(--share) * 100%), transparent) }
 .bar { min-width: 6rem; background: linear-gradient(to right, var(--tint) calc(var(--share) * 100%), transparent 0) }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; margin: .75rem 0 }
 figure { margin: 0; width: 7rem; font-size: .875rem; line-height: 1.3 }
@@ -517,21 +677,20 @@ class Html(str):
 
 def tag(name, /, *content, **attributes):
     """tag("a", "x < y", href="#b", class_="c") -> <a href="#b" class="c">x &lt; y</a>. "_" in a name stands for "-"."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    inside = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in content)
-    return Html(f"<{name}{given}>" + ("" if name == "img" else f"{inside}</{name}>"))
+    given = ""
+    for key, value in attributes.items():
+        given += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+    inside = ""
+    for part in content:
+        inside += part if isinstance(part, Html) else html.escape(str(part))
+    return Html(f"<{name}{given}>" if name == "img" else f"<{name}{given}>{inside}</{name}>")
 
 
 def png(pixels):
     """uint8 (H, W, 3) or, with alpha, (H, W, 4) -> a PNG file as a data: URI."""
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    H, W, channels = pixels.shape
-    rows = np.pad(pixels.reshape(H, -1), ((0, 0), (1, 0))).tobytes()  # a 0 before each row: no filter
-    header = struct.pack(">IIBBBBB", W, H, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(file).decode()
+    file = io.BytesIO()
+    pillow().fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def picture(image):
@@ -553,9 +712,11 @@ def figure(source, alt, *text, **attributes):
 def table(title, columns, rows):
     """rows: lists of cells, of which the first heads the row. A wide table scrolls by itself, by keyboard too."""
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in columns)))
-    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
-    return tag("div", tag("table", tag("caption", title), head, tag("tbody", *body)), class_="scroll", tabindex=0, role="region",
-               aria_label=title)
+    body = []
+    for first, *rest in rows:
+        body.append(tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)))
+    whole = tag("table", tag("caption", title), head, tag("tbody", *body))
+    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=title)
 
 
 def tinted(share, text, kind="heat"):
@@ -563,72 +724,94 @@ def tinted(share, text, kind="heat"):
 
 
 def spread(n, k):
+    """At most k of the numbers 0, ..., n - 1, evenly spread."""
     return np.unique(np.linspace(0, n - 1, k).astype(int))
 
 
 def chart(name, steps, values):
     """SVG of values (n,) over steps (n,), on a log scale, as means of at most 300 windows."""
-    y = np.array([max(part.mean(), 1e-4) for part in np.array_split(values, min(len(values), 300))])
+    windows = np.array_split(values, min(len(values), 300))
+    y = np.array([max(window.mean(), 1e-4) for window in windows])
     low, high = y.min(), max(y.max(), 1.01 * y.min())
-    down = lambda y: 190 - 160 * np.log(y / low) / np.log(high / low)  # noqa: E731
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(np.linspace(60, 345, len(y)), down(y)))
-    axes = [f'<path d="M60 {down(t):.0f}H345"/><text x="55" y="{down(t) + 4:.0f}" text-anchor="end">{t:.3g}</text>'
-            for t in np.geomspace(low, high, 5)]
-    axes += [f'<text x="{x}" y="208" text-anchor="middle">{step:,.0f}</text>' for x, step in ((60, steps[0]), (345, steps[-1]))]
-    summary = f"{name}: {values[0]:.3g} at step {steps[0]:,.0f}, least {values.min():.3g}, {values[-1]:.3g} at step {steps[-1]:,.0f}"
-    return tag("svg", tag("title", summary), tag("text", f"{name} (log scale) over steps", x=60, y=18), Html("".join(axes)),
+
+    def down(value):  # -> pixels from the top
+        return 190 - 160 * np.log(value / low) / np.log(high / low)
+
+    axes = ""
+    for value in np.geomspace(low, high, 5):
+        axes += f'<path d="M60 {down(value):.0f}H345"/>'
+        axes += f'<text x="55" y="{down(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
+    for x, step in ((60, steps[0]), (345, steps[-1])):
+        axes += f'<text x="{x}" y="208" text-anchor="middle">{step:,.0f}</text>'
+    points = " ".join(f"{x:.1f},{down(value):.1f}" for x, value in zip(np.linspace(60, 345, len(y)), y))
+    summary = (f"{name}: {values[0]:.3g} at step {steps[0]:,.0f}, least {values.min():.3g}, "
+               f"{values[-1]:.3g} at step {steps[-1]:,.0f}")
+    return tag("svg", tag("title", summary), tag("text", f"{name} (log scale) over steps", x=60, y=18), Html(axes),
                tag("polyline", points=points, style="stroke: var(--curve)"), viewBox="0 0 370 215", role="img")
 
 
-def loss_curves(path):
-    """What metrics.csv of a run shows."""
-    try:
-        names, *rows = (line.split(",") for line in path.read_text().splitlines())
-        rows = np.array([row for row in rows if len(row) == len(names)], float)  # the last one may be cut off
-        if len(rows) < 2:
-            raise ValueError("fewer than two steps")
-        column = dict(zip(names, rows.T))
-        charts = [chart(name, column["step"], column[name]) for name in ("loss_con", "loss_cap", "loss") if column[name].any()]
-    except (OSError, ValueError, KeyError) as e:
-        return [tag("p", f"No curves: {path} cannot be used ({e}).")]
+def loss_curves(names, metrics):
+    """names of the columns of metrics (steps, columns), as the checkpoint holds them."""
+    if len(metrics) < 2:
+        return [tag("p", "No curves: the run has fewer than two steps.")]
+    column = dict(zip(names, metrics.cpu().numpy().T))
+    charts = []
+    for name in ("loss_con", "loss_cap", "loss"):
+        if column[name].any():
+            charts.append(chart(name, column["step"], column[name]))
     return [tag("p", "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4)."), tag("div", *charts, class_="row")]
 
 
 def confusions(predicted, data):
-    """predicted (N,) classes of data's images. Left out: rows of classes without images, columns of those never predicted either."""
+    """predicted (N,) classes of data's images, -1 = none. Left out: classes without images that are never predicted either."""
     C = len(data.classes)
-    counts = np.bincount(data.labels * C + predicted, minlength=C * C).reshape(C, C)  # (true, predicted)
-    rows, columns = np.flatnonzero(counts.sum(1)), np.flatnonzero(counts.sum(0) + counts.sum(1))
+    labels, predicted = data.labels[predicted >= 0], predicted[predicted >= 0]
+    counts = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)  # (true, predicted)
+    rows = np.flatnonzero(counts.sum(1))
+    columns = np.flatnonzero(counts.sum(0) + counts.sum(1))
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     title = f"Rows: {len(rows)} true classes; columns: {len(columns)} predicted"
     if len(columns) <= 20:
-        matrix = table(title, ["true", *(data.classes[j] for j in columns)], [
-            [data.classes[i], *(tinted(shares[i, j], counts[i, j]) for j in columns)] for i in rows])
+        cells = []
+        for i in rows:
+            cells.append([data.classes[i], *(tinted(shares[i, j], counts[i, j]) for j in columns)])
+        matrix = table(title, ["true", *(data.classes[j] for j in columns)], cells)
     else:
-        matrix = figure(heat(shares[rows][:, columns] / shares.max()), f"Heat map. {title}. The next table has its main entries.",
+        brightness = shares[rows][:, columns] / shares.max()
+        matrix = figure(heat(brightness), f"Heat map. {title}. The next table has its main entries.",
                         f"{title}, in the data's order; the brighter, the larger the share of the row", class_="matrix")
-    wrong = (counts * (1 - np.eye(C, dtype=int))).ravel()
-    top = [divmod(int(k), C) for k in wrong.argsort(kind="stable")[::-1][:10] if wrong[k]]
-    return [matrix, table("The commonest confusions", ["true", "taken for", "images"], [
-        [data.classes[i], data.classes[j], f"{counts[i, j]} of {counts[i].sum()}"] for i, j in top])]
+    wrong = counts * (1 - np.eye(C, dtype=int))
+    commonest = []
+    for k in wrong.ravel().argsort(kind="stable")[::-1][:10]:
+        i, j = divmod(int(k), C)
+        if wrong[i, j]:
+            commonest.append([data.classes[i], data.classes[j], f"{counts[i, j]} of {counts[i].sum()}"])
+    return [matrix, table("The commonest confusions", ["true", "taken for", "images"], commonest)]
 
 
 def nearest(image_embedding, model, tokenizer, data, shown=4, best=5):
     """For some images the nearest texts of the whole set, for some texts the nearest images, with cosines."""
-    texts = list(dict.fromkeys(text for mine in data.captions for text in mine))
+    index = {}
+    for texts in data.captions:
+        index.update(dict.fromkeys(texts))
+    texts = list(index)
     cosine = (image_embedding @ embed_texts(model, tokenizer, texts).T).cpu().numpy()  # (images, texts)
-    right = lambda i, j: "right" if texts[j] in data.captions[i] else "wrong"  # noqa: E731
+
+    def right(i, j):
+        return "right" if texts[j] in data.captions[i] else "wrong"
+
     to_text, to_image = [], []
     for i in spread(len(data), shown):
         found = [[texts[j], f"{cosine[i, j]:.3f}", right(i, j)] for j in (-cosine[i]).argsort()[:best]]
-        to_text.append(tag("div", tag("img", src=picture(data.images[i]), alt=f"Image {i}: {data.captions[i][0]}"),
-                           table(f"Texts nearest to image {i}", ["text", "cosine", "right?"], found), class_="row"))
+        image = tag("img", src=picture(data.images[i]), alt=f"Image {i}: {data.captions[i][0]}")
+        to_text.append(tag("div", image, table(f"Texts nearest to image {i}", ["text", "cosine", "right?"], found), class_="row"))
     for j in spread(len(texts), shown):
-        found = [figure(picture(data.images[i]), f"Image {i}: {data.captions[i][0]}", f"{cosine[i, j]:.3f}, {right(i, j)}")
-                 for i in (-cosine[:, j]).argsort()[:best]]
+        found = []
+        for i in (-cosine[:, j]).argsort()[:best]:
+            found.append(figure(picture(data.images[i]), f"Image {i}: {data.captions[i][0]}", f"{cosine[i, j]:.3f}, {right(i, j)}"))
         to_image += [tag("p", f"“{texts[j]}”"), tag("div", *found, class_="row")]
-    return [tag("p", f"Among {len(data):,} images and {len(texts):,} texts."), tag("h3", "Image to text"), *to_text,
-            tag("h3", "Text to image"), *to_image]
+    return [tag("p", f"Among {len(data):,} images and {len(texts):,} texts."),
+            tag("h3", "Image to text"), *to_text, tag("h3", "Text to image"), *to_image]
 
 
 def attention_maps(model, images, tokens):
@@ -639,15 +822,18 @@ def attention_maps(model, images, tokens):
     """
     cross, inputs = model.multimodal.blocks[-1].cross_attention, []
     hook = cross.register_forward_pre_hook(lambda module, given: inputs.extend(given))
-    p = model(images, tokens).logits[:, :-1].softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    logits = model(images, tokens).logits                               # (B, L, V)
     hook.remove()
+    p = logits[:, :-1].softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]  # (B, L - 1)
     words = cross(*inputs, return_weights=True)[1].mean(1)[:, :-1]      # (B, L - 1, Q), or P instead of Q without a pooler
-    source, queries, cascade = model.encoder(images), None, model.config.pooler == "cascade"
+    source, queries = model.encoder(images), None
+    cascade = model.config.pooler == "cascade"
     if model.generative_pooler is not None:
         pooled, queries = model.generative_pooler(source, return_weights=True)
-        source, queries = pooled if cascade else source, queries.mean(1)
+        queries = queries.mean(1)                                       # (B, Q, P)
         words = words @ queries                                         # (B, L - 1, P)
-    embedding = model.contrastive_pooler(source, return_weights=True)[1].mean(1)
+        source = pooled if cascade else source
+    embedding = model.contrastive_pooler(source, return_weights=True)[1].mean(1)  # (B, 1, Q or P)
     if queries is not None and cascade:
         embedding = embedding @ queries                                 # (B, 1, P)
     return words, p, embedding, queries
@@ -655,255 +841,128 @@ def attention_maps(model, images, tokens):
 
 def map_figure(weights, name, *text):
     """weights (P,) -> a picture of one pixel a patch; the style sheet lays it over its article's picture."""
-    grid, at = math.isqrt(len(weights)), int(weights.argmax())
-    alt = f"{name}: most attention ({weights[at]:.0%}) on row {at // grid + 1}, column {at % grid + 1} of {grid} x {grid} patches"
-    return figure(heat((weights / weights[at]).reshape(grid, grid)), alt, tag("strong", name), *text, class_="map")
+    grid, most = math.isqrt(len(weights)), int(weights.argmax())
+    alt = (f"{name}: most attention ({weights[most]:.0%}) on row {most // grid + 1}, column {most % grid + 1} "
+           f"of {grid} x {grid} patches")
+    shares = (weights / weights[most]).reshape(grid, grid)
+    return figure(heat(shares), alt, tag("strong", name), *text, class_="map")
 
 
 def captions_with_maps(model, tokenizer, images, names):
     """images (N, 3, S, S) uint8 -> for each its caption, word by word with its probability, and where the model looked."""
-    c, x = model.config, to_model(torch.tensor(images).to(model.log_temperature.device))
+    c, x = model.config, to_model(torch.tensor(images).to(device_of(model)))
     tokens = model.generate(x, max_len=None if c.lambda_cap else 1)     # (N, L); a dual encoder cannot write: only BEGIN
     words, p, embedding, queries = (t if t is None else t.cpu().numpy() for t in attention_maps(model, x, tokens))
-    for i, (row, name) in enumerate(zip(tokens.tolist(), names)):
+    for i, (ids, name) in enumerate(zip(tokens.tolist(), names)):
         maps = [figure(picture(images[i]), name, "the image")]
         if c.lambda_con:
             maps.append(map_figure(embedding[i, 0], "image embedding"))
-        maps += [map_figure(weights, tokenizer.words[token], tinted(share, f"{share:.1%}", "bar"))
-                 for token, share, weights in zip(row[1:], p[i], words[i]) if token != PAD]
-        parts = [tag("h3", tokenizer.decode(row) or "no caption"), tag("p", name), tag("div", *maps, class_="row")]
+        for token, share, weights in zip(ids[1:], p[i], words[i]):
+            if token != PAD:
+                maps.append(map_figure(weights, tokenizer.words[token], tinted(share, f"{share:.1%}", "bar")))
+        parts = [tag("h3", tokenizer.decode(ids) or "no caption"), tag("p", name), tag("div", *maps, class_="row")]
         if queries is not None and (c.lambda_cap or c.pooler == "cascade"):  # else it never learned
             maps = [map_figure(weights, f"query {j}") for j, weights in enumerate(queries[i][:64])]
-            parts.append(tag("details", tag("summary", f"The generative pooler's {c.n_query} queries"), tag("div", *maps, class_="row")))
+            title = tag("summary", f"The generative pooler's {c.n_query} queries")
+            parts.append(tag("details", title, tag("div", *maps, class_="row")))
         yield tag("article", *parts, style=f"--picture:url({picture(images[i])})")
 
 
-def new_file(path):
-    """The path, if a file can be made there: told before the work, not after."""
-    if Path(path).exists():
-        raise DataError(f"{path}: is there already; delete it or give another --report")
-    if not Path(path).parent.is_dir():
-        raise DataError(f"{path}: its folder is not there; make it or give another --report")
-    return path
+def scores_section(context, scores):
+    rows = []
+    for task, value in scores.items():
+        if isinstance(value, dict):
+            shown = tinted(value["score"], number(task, value["score"]), "bar")
+            rows.append([task, shown, number(task, value["chance"])])
+    title = f"{context.settings['data']}, {len(context.val):,} validation images"
+    return [table(title, ["task", "score", "chance"], rows)]
+
+
+def captions_section(model, tokenizer, images, names):
+    text = "lambda_cap is 0: the model never learned to write."
+    if model.config.lambda_cap:
+        text = ("Under each word its probability; over the image the last layer's cross-attention as the word is written, mean "
+                "of the heads, followed through the pooler to the patches. The brightest patch has most.")
+    return [tag("p", text), *captions_with_maps(model, tokenizer, images, names)]
 
 
 @torch.no_grad()
-def html_report(args, model, tokenizer, checkpoint, scores, settings=None):
+def write_report(args, model, tokenizer, checkpoint, scores, settings=None):
     """Writes args.report: with the `settings` of `evaluate` about its scores and their data, without about args.image."""
-    c, sections = model.config, {}
-    facts = {**checkpoint["settings"], "step": checkpoint["step"], **dataclasses.asdict(c)}.items()
+    sections = {}
     if settings:
-        subject = Subject(model, tokenizer, settings)
-        data, some = subject.val, spread(len(subject.val), 8)
-        images, names = data.images[some], [f"true: {data.captions[i][0]}" for i in some]
-        sections["Scores"] = [table(f"{subject.name}, {len(data):,} validation images", ["task", "score", "chance"], [
-            [task, tinted(value["score"], f"{value['score']:.2%}", "bar"), f"{value['chance']:.2%}"]
-            for task, value in scores.items() if isinstance(value, dict)])]
+        context = Context(model, tokenizer, settings)
+        some = spread(len(context.val), 8)
+        images, names = context.val.images[some], [f"true: {context.val.captions[i][0]}" for i in some]
+        sections["Scores"] = scores_section(context, scores)
     else:
-        images, names = np.stack([read_image(Path(file), c.image_size) for file in args.image]), args.image
-    sections["Loss curves"] = loss_curves(Path(args.checkpoint).parent / "metrics.csv")
-    if settings and c.lambda_con:
-        with contextlib.suppress(Unfit):  # no classes
-            sections["Zero-shot classification"] = confusions(*subject.zero_shot())
-        sections["Retrieval"] = nearest(subject.image_embedding, model, tokenizer, data)
+        images, names = read_images(args.image, model.config.image_size), args.image
+    sections["Loss curves"] = loss_curves(checkpoint["metrics_names"], checkpoint["metrics"])
+    if settings and model.config.lambda_con:
+        if not missing("zero-shot", context):
+            sections["Zero-shot classification"] = confusions(*context.zero_shot())
+        sections["Retrieval"] = nearest(context.image_embedding, model, tokenizer, context.val)
     elif settings:
-        sections["Scores"].append(tag("p", "lambda_con is 0: images and texts share no space, classification and retrieval mean nothing."))
-    sections["Captions and attention"] = [tag("p", (
-        "Under each word its probability; over the image the last layer's cross-attention as the word is written, mean of the heads, "
-        "followed through the pooler to the patches. The brightest patch has most." if c.lambda_cap else
-        "lambda_cap is 0: the model never learned to write.")), *captions_with_maps(model, tokenizer, images, names)]
-    page = HEAD + tag("title", f"CoCa: {args.checkpoint}") + "</head>" + tag(
-        "body", tag("a", "Skip to the content", href="#main", class_="skip"),
-        tag("nav", *(tag("a", title, href=f"#part-{i}") for i, title in enumerate(sections)), aria_label="Sections"),
-        tag("main", tag("h1", "CoCa report"), tag("p", args.checkpoint),
-            tag("details", tag("summary", "Settings"), table("The run and the model", ["name", "value"], facts)),
-            *(tag("section", tag("h2", title, id=f"part-{i}"), *parts) for i, (title, parts) in enumerate(sections.items())),
-            id="main")) + "</html>\n"
+        text = "lambda_con is 0: images and texts share no space, classification and retrieval mean nothing."
+        sections["Scores"].append(tag("p", text))
+    sections["Captions and attention"] = captions_section(model, tokenizer, images, names)
+    facts = {**checkpoint["settings"], "step": checkpoint["step"], **dataclasses.asdict(model.config)}
+    links, parts = [], []
+    for i, (title, content) in enumerate(sections.items()):
+        links.append(tag("a", title, href=f"#part-{i}"))
+        parts.append(tag("section", tag("h2", title, id=f"part-{i}"), *content))
+    about = tag("details", tag("summary", "Settings"), table("The run and the model", ["name", "value"], facts.items()))
+    main = tag("main", tag("h1", "CoCa report"), tag("p", args.checkpoint), about, *parts, id="main")
+    skip = tag("a", "Skip to the content", href="#main", class_="skip")
+    page = PAGE + tag("title", f"CoCa: {args.checkpoint}") + "</head>"
+    page += tag("body", skip, tag("nav", *links, aria_label="Sections"), main) + "</html>\n"
+    write_new(args.report, page)
+
+
+def write_new(path, text):
+    """Writes a file that was not there. A name in the text may be no Unicode."""
     try:
-        with open(args.report, "x", encoding="utf-8", errors="replace") as f:  # a file name need not be Unicode
-            f.write(page)
+        with open(path, "x", encoding="utf-8", errors="replace") as f:
+            f.write(text)
     except OSError as e:
-        raise DataError(f"{args.report}: cannot be written ({e})") from None
+        raise UserError(f"{path}: cannot be written ({e})") from None
 
 
 # ------------------------------------------------------------------------------------------------
-# Benchmark
+# Command line
 
 
-def timed(function, repeats=5):
-    """Median seconds of a call, after one to warm up; with repeats 0, of the first."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:] or times)
-
-
-def peak_memory(device):
-    """Most bytes in use so far: allocated on the GPU, or resident in this process (0 where the system does not say)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def bench_contrastive(device, sizes=(1024, 4096, 16384, 65536), E=512):
-    """Time and memory of Eq. (2), forward and backward, up to the paper's batch."""
-    for N in sizes:
-        x, y = (F.normalize(torch.randn(N, E, device=device), dim=-1).requires_grad_() for _ in range(2))
-        seconds = timed(lambda x=x, y=y: contrastive_loss(x, y, 0.07).backward(), 0 if N > 20_000 else 3)
-        print(f"contrastive loss and gradient, {N:6,} pairs of {E}: {seconds:8.2f} s, {peak_memory(device) / 2**30:.2f} GiB in use at most")
-
-
-def synthetic(config, batch, device):
-    """Random images, and captions of random words with lengths uniform in [L/4, L], sorted as `Batches` sorts them."""
-    generator = torch.Generator().manual_seed(0)
-    L, V = config.text_len, config.vocab_size
-    lengths = torch.randint(L // 4, L + 1, (batch, 1), generator=generator).sort(0).values
-    tokens, at = torch.randint(4, V, (batch, L), generator=generator), torch.arange(L)
-    tokens[:, 0] = BEGIN
-    tokens = torch.where(at == lengths - 1, END, tokens).where(at < lengths, PAD)
-    images = torch.rand(batch, 3, config.image_size, config.image_size, generator=generator) * 2 - 1
-    return images.to(device), tokens[:, :lengths.max()].to(device)
-
-
-def bench_step(config, batch, device):
-    """-> seconds of a training step, the step itself, and its model."""
-    from train import backward, half_precision, make_optimizer  # (train.py imports this file)
-    model = CoCa(config).to(device)
-    optimizer, (images, tokens), autocast = make_optimizer(model), synthetic(config, batch, device), half_precision(device)
-
-    def step():
-        optimizer.zero_grad()
-        backward(model, images, tokens, autocast=autocast)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return timed(step), step, model
-
-
-def bytes_kept(model, batch):
-    """Bytes that a training step keeps for its backward pass, weights apart; the same with --grad-checkpoint."""
-    from train import backward
-    weights = {p.data_ptr() for p in model.parameters()}
-    for recompute in (False, True):
-        kept = {}
-
-        def keep(t, kept=kept):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.recompute = recompute
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            backward(model, *batch)
-        yield sum(size for address, size in kept.items() if address not in weights)
-
-
-def bench(name, device):
-    """Speed and memory of training and captioning one configuration on synthetic tensors, and how they grow."""
-    config, batch = CONFIGS[name], {"bench-small": 32}.get(name, 64)
-    kind = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-    a, b = torch.randn(2, 4096, 4096, device=device, dtype=kind)
-    product = torch.empty_like(a)
-    peak = 2 * 4096**3 / timed(lambda: torch.mm(a, b, out=product))
-    seconds, step, model = bench_step(config, batch, device)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
-        step()
-    images, tokens = synthetic(config, batch, device)
-    kept, kept_less = bytes_kept(model, (images, tokens))
-    with torch.no_grad():
-        model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
-        captioning = timed(lambda: model.generate(images), 2)
-    words = batch * (config.text_len - 1)
-    pictures = np.zeros((2 * batch, 3, config.image_size, config.image_size), np.uint8)
-    texts = [["a dog runs left of the house"]] * len(pictures)
-    batches = Batches(Dataset(pictures, texts, augment=True), Tokenizer.learn(texts[0], 99), config.text_len, batch)
-    reading = timed(lambda: batches(0))
-    flops = counter.get_total_flops()
-    print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})\n"
-          f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, {flops / 1e9:,.1f} GFLOP of matrix products, "
-          f"{flops / seconds / peak:.0%} of peak; {kept / 2**20:,.0f} MiB kept for backward, "
-          f"{kept_less / 2**20:,.0f} with --grad-checkpoint, "
-          f"{peak_memory(device) / 2**20:,.0f} MiB in use at most; reading a batch {reading / seconds:.1%} of a step\n"
-          f"  captioning {words / captioning:,.0f} tokens/s, greedy")
-    for what in ("batch", "image_size", "text_len", "vocab_size"):
-        base = batch if what == "batch" else getattr(config, what)
-        sizes = [base // 2, base, base * 2]
-        variants = [(config, n) if what == "batch" else (dataclasses.replace(config, **{what: n}), batch) for n in sizes]
-        times = [bench_step(*variant, device)[0] for variant in variants]
-        exponent = math.log2(times[2] / times[1]) / (2 if what == "image_size" else 1)  # twice the side: four times the tokens
-        print(f"  {what:10} " + ", ".join(f"{n}: {t * 1e3:,.0f} ms" for n, t in zip(sizes, times))
-              + f"; grows with its {'square (image tokens)' if what == 'image_size' else 'size'} to the power {exponent:.2f}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints and the command line
-
-
-def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there first. DataError if the one asked for cannot be used."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except Exception as e:  # torch has a kind of its own for each device
-        raise DataError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]}); leave it out") from None
-    return name
-
-
-def load_checkpoint(path, device="cpu"):
-    """-> model, tokenizer, the whole checkpoint (plain types only: no code runs on loading). DataError if unfit."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint; python train.py makes one")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        model = CoCa(CoCaConfig(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint["model"])
-        return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
-    except Exception as e:  # cut off, foreign, or with code in it: torch names each differently
-        raise DataError(f"{path}: not a checkpoint of this program ({type(e).__name__}); give another one") from None
+def read_images(files, size):
+    """-> (N, 3, size, size) uint8."""
+    return np.stack([read_image(Path(file), size) for file in files])
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python eval.py CHECKPOINT [options]")
-    p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py")
+    p.add_argument("checkpoint", help="OUT/checkpoint.pt of train.py")
     p.add_argument("--data", choices=NAMES, help="default: what it was trained on")
     p.add_argument("--data-dir", help="folder of the data (default: as in training)")
     p.add_argument("--task", nargs="+", choices=TASKS, help="these tasks only (default: zero-shot, retrieval and captioning)")
-    p.add_argument("--all", action="store_true", help="every task, those that train a head or finetune too")
+    p.add_argument("--all", action="store_true", help="every task, those that train a classifier or finetune too")
     p.add_argument("--clips", metavar="DIR", help="task video on your clips: a folder per class, of folders of frames or .npy arrays")
-    p.add_argument("--image", nargs="+", metavar="FILE", default=[], help="caption these image files instead")
-    p.add_argument("--json", metavar="FILE", help="also write the scores there")
-    p.add_argument("--report", metavar="FILE", type=new_file, help="also make a page to look at there, with curves, examples and attention")
+    p.add_argument("--image", nargs="+", metavar="FILE", help="caption these image files instead")
+    p.add_argument("--json", metavar="FILE", type=new_file, help="also write the scores there")
+    p.add_argument("--report", metavar="FILE", type=new_file, help="also make a page there, with curves, examples and attention")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--bench", action="store_true", help="no checkpoint: measure speed and memory on synthetic tensors")
-    p.add_argument("--config", nargs="+", choices=[*CONFIGS, "contrastive"], default=["bench-tiny"],
-                   help="sizes to measure, or the contrastive loss alone (default: bench-tiny)")
-    args = p.parse_args(argv)
-    if not args.bench and not args.checkpoint:
-        p.error("give a checkpoint (python train.py makes one) or --bench")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.bench:
-        for name in args.config:
-            bench_contrastive(pick_device(args.device)) if name == "contrastive" else bench(name, pick_device(args.device))
-        return
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
+    settings = None
     if args.image:
-        images = torch.stack([torch.from_numpy(read_image(Path(f), model.config.image_size).copy()) for f in args.image])
-        scores = dict(zip(args.image, caption(model, tokenizer, images.numpy())))
+        scores = {}
+        images = read_images(args.image, model.config.image_size)
+        if model.config.lambda_cap:
+            scores = dict(zip(args.image, caption(model, tokenizer, images)))
+        else:
+            note("the checkpoint was trained with --lambda-cap 0 and never learned to write: no captions")
         for name, text in scores.items():
             print(f"{name}: {text}")
     else:
@@ -912,20 +971,21 @@ def main(argv=None):
             settings.update(data=args.data, data_dir=args.data_dir)
         elif args.data_dir:
             settings["data_dir"] = args.data_dir
-        tasks = {"tasks": args.task, "strict": True} if args.task else {"tasks": TASKS} if args.all else {}
-        scores = evaluate(model, tokenizer, settings, **tasks, clips=args.clips)
-        report(scores)
+        if args.task:
+            scores = evaluate(model, tokenizer, settings, args.task, strict=True, clips=args.clips)
+        elif args.all:
+            scores = evaluate(model, tokenizer, settings, TASKS, clips=args.clips)
+        else:
+            scores = evaluate(model, tokenizer, settings)
+        print_scores(scores, examples=5)
     if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(scores, indent=1))
-        except OSError as e:
-            raise DataError(f"{args.json}: cannot be written ({e})") from None
+        write_new(args.json, json.dumps(scores, indent=1))
     if args.report:
-        html_report(args, model, tokenizer, checkpoint, scores, None if args.image else settings)
+        write_report(args, model, tokenizer, checkpoint, scores, settings)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as e:
+    except UserError as e:
         sys.exit(f"error: {e}")

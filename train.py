@@ -12,10 +12,7 @@
     torchrun --nproc_per_node=2 train.py                               the same batch over two processes
 """
 import argparse
-import contextlib
-import csv
 import dataclasses
-import functools
 import math
 import os
 import signal
@@ -26,126 +23,214 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from coca import CONFIGS, PAD, Block, CoCa, captioning_loss, contrastive_loss, number_captions, resize_positions
-from data import NAMES, Batches, DataError, Tokenizer, load, without_duplicates
-from eval import evaluate, load_checkpoint, pick_device, report
-
-PARTS = {"encoder": ["encoder"], "poolers": ["generative_pooler", "contrastive_pooler"], "decoder": ["unimodal", "multimodal"]}
-DEFAULTS = dict(data="shapes", data_dir=None, subset=0, config="tiny", steps=1600, batch_size=128, lr=1.5e-3,
-                lambda_con=1.0, lambda_cap=2.0, pooler="cascade", encoder_layers=None, n_query=None, image_size=None,
-                init=None, fresh=[], train=list(PARTS), dedup=False, seed=0)  # what makes a run; the checkpoint keeps it
-CIFAR_RECIPE = dict(steps=6250, batch_size=32, lr=7e-4)  # 200,000 images seen
-RECIPE = {"cifar10": CIFAR_RECIPE, "cifar100": CIFAR_RECIPE}  # other defaults where the data want them
-SIZES = {  # what the data change in "tiny"
-    "shapes": dict(patch_size=8), "cifar10": dict(encoder_layers=6), "cifar100": dict(encoder_layers=6),
-    "coco": dict(image_size=64, patch_size=8), "captions": dict(image_size=64, patch_size=8)}
+from coca import (
+    CONFIGS,
+    PAD,
+    UNKNOWN,
+    CoCa,
+    captioning_loss,
+    contrast,
+    count_parameters,
+    number_captions,
+    resize_positions,
+)
+from data import NAMES, Batches, Tokenizer, UserError, load, note, to_model, without_duplicates
+from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_file, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------
-# Command line
+# Settings
+
+PRESETS = {  # what the data change; sizes: in the tiny model. The lr is above the paper's 8e-4: few steps, small models
+    "shapes": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(patch_size=8)),
+    "cifar10": dict(steps=6250, batch_size=32, lr=7e-4, sizes=dict(encoder_layers=6)),
+    "cifar100": dict(steps=6250, batch_size=32, lr=7e-4, sizes=dict(encoder_layers=6)),
+    "coco": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8)),
+    "captions": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8)),
+}
+PARTS = {  # what --train and --fresh name
+    "encoder": ["encoder"],
+    "poolers": ["generative_pooler", "contrastive_pooler"],
+    "decoder": ["unimodal", "multimodal"],
+}
+SIZES = ["lambda_con", "lambda_cap", "pooler", "n_query", "encoder_layers", "image_size"]  # flags that are fields of CoCaConfig
+DEFAULTS = dict(data="shapes", data_dir=None, subset=0, val_from_train=0, dedup=False, config="tiny", init=None, fresh=[],
+                train=list(PARTS), seed=0, accum=1, grad_checkpoint=False, compile=False)
+MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]  # on --resume: they change no result
 
 
-def number(kind, low):
+def at_least(low, kind):
+    """For argparse: a number that is not below `low`."""
     def parse(text):
         value = kind(text)
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
         return value
-    parse.__name__ = kind.__name__  # argparse: "invalid int value"
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
 def parse_args(argv):
+    """What is not given is None: choose_settings fills it in."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python train.py [options]")
-
-    def flag(name, text, **how):  # its default is filled in later, so that --resume sees what was really given
-        key = name[2:].replace("-", "_")
-        default = f"{DEFAULTS[key]}; cifar: {CIFAR_RECIPE[key]}" if key in CIFAR_RECIPE else DEFAULTS[key]
-        default = " ".join(default) or "none" if isinstance(default, list) else "not given" if default is None else default
-        p.add_argument(name, default=argparse.SUPPRESS, help=f"{text} (default: {default})", **how)
-
-    flag("--data", "what to train on", choices=NAMES)
-    flag("--data-dir", "folder of the data")
-    flag("--subset", "use that many training images, the same every time, 0 = all", type=number(int, 0))
-    flag("--config", "size of the model, Table 1", choices=CONFIGS)
-    flag("--steps", "training steps", type=number(int, 1))
-    flag("--batch-size", "images a step: N of Eq. (2)", type=number(int, 2))
-    flag("--lr", "peak learning rate", type=number(float, 0))
-    flag("--lambda-con", "weight of the contrastive loss in Eq. (4)", type=number(float, 0))
-    flag("--lambda-cap", "weight of the captioning loss in Eq. (4)", type=number(float, 0))
-    flag("--pooler", "Table 8f", choices=["cascade", "parallel"])
-    flag("--n-query", "queries of the generative pooler, Table 8f; 0 = the decoder reads all image tokens", type=number(int, 0))
-    flag("--encoder-layers", "0 = no image encoder, patches go straight on", type=number(int, 0))
-    flag("--image-size", "pixels a side", type=number(int, 1))
-    flag("--init", "start from this checkpoint's sizes, vocabulary and weights; learned positions are interpolated to --image-size")
-    flag("--fresh", "parts that do not take their weights from --init", nargs="+", choices=PARTS)
-    flag("--train", "parts that learn, the others stay as they are", nargs="+", choices=PARTS)
-    flag("--dedup", "remove near-duplicates of the evaluation images from the training images, Sec. 4.1", action="store_true")
-    flag("--seed", "of weights, order and generated scenes", type=number(int, 0))
+    count, amount = at_least(0, int), at_least(0, float)
+    p.add_argument("--data", choices=NAMES, help="what to train on (default: shapes)")
+    p.add_argument("--data-dir", help="folder of the data")
+    p.add_argument("--subset", type=count, help="use that many training images, the same every time (default: 0 = all)")
+    p.add_argument("--val-from-train", type=count, metavar="N",
+                   help="keep N training images apart and validate and evaluate on them: for tuning (default: 0)")
+    p.add_argument("--dedup", action="store_true", default=None,
+                   help="remove near-duplicates of the evaluation images from the training images, Sec. 4.1")
+    p.add_argument("--config", choices=CONFIGS, help="size of the model, Table 1 (default: tiny)")
+    p.add_argument("--steps", type=at_least(1, int), help="training steps (default: see PRESETS)")
+    p.add_argument("--batch-size", type=at_least(2, int), help="images a step: N of Eq. (2) (default: see PRESETS)")
+    p.add_argument("--lr", type=amount, help="peak learning rate (default: see PRESETS)")
+    p.add_argument("--lambda-con", type=amount, help="weight of the contrastive loss in Eq. (4) (default: 1, or --init's)")
+    p.add_argument("--lambda-cap", type=amount, help="weight of the captioning loss in Eq. (4) (default: 2, or --init's)")
+    p.add_argument("--pooler", choices=["cascade", "parallel"], help="Table 8f (default: cascade, or --init's)")
+    p.add_argument("--n-query", type=count, help="queries of the generative pooler, 0 = the decoder reads all image tokens")
+    p.add_argument("--encoder-layers", type=count, help="0 = no image encoder, patches go straight on")
+    p.add_argument("--image-size", type=at_least(1, int), help="pixels a side")
+    p.add_argument("--init", help="start from this checkpoint's sizes, vocabulary and weights; "
+                                  "learned positions are interpolated to --image-size")
+    p.add_argument("--fresh", nargs="+", choices=PARTS, help="parts that do not take their weights from --init; "
+                                                             "a fresh decoder also learns a new vocabulary")
+    p.add_argument("--train", nargs="+", choices=PARTS, help="parts that learn (default: all), beside the temperature")
+    p.add_argument("--seed", type=count, help="of weights, order and generated scenes (default: 0)")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--out", help="folder for checkpoint.pt and metrics.csv (default: a new runs/DATA)")
     p.add_argument("--resume", action="store_true", help="go on from --out's checkpoint.pt, with its settings")
     p.add_argument("--download", action="store_true", help="fetch CIFAR into --data-dir first")
-    p.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints (default: 500)")
-    p.add_argument("--accum", type=number(int, 1), default=1, help="compute each batch in that many parts, same gradients (default: 1)")
-    p.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in backward: less memory, same gradients")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model (worth it on GPUs)")
+    p.add_argument("--save-every", type=at_least(1, int), default=500, help="steps between checkpoints at most (default: 500)")
+    p.add_argument("--accum", type=at_least(1, int), help="compute each batch in that many parts, same gradients (default: 1)")
+    p.add_argument("--grad-checkpoint", action="store_true", default=None,
+                   help="recompute activations in backward: less memory, same gradients")
+    p.add_argument("--compile", action="store_true", default=None, help="torch.compile the model (worth it on GPUs)")
     args = p.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    for name in {"data_dir", "init"} & {name for name in given if given[name]}:
-        given[name] = str(Path(given[name]).resolve())
     if args.resume and not args.out:
         p.error("--resume needs --out, the folder of the run to go on with")
-    if given.get("fresh") and not given.get("init"):
+    if args.fresh and not args.init:
         p.error("--fresh needs --init, the checkpoint that gives the other parts")
-    if not given.get("init"):  # else its sizes count too, in main
+    if args.config and args.init:
+        p.error("--init brings its own sizes; leave --config out")
+    if not args.init and not args.resume:
         try:
-            make_config({**DEFAULTS, **given})
+            make_config(choose_settings(args))
         except ValueError as e:
             p.error(str(e))
-    return args, given
+    return args
 
 
-def make_config(settings, base=None):
-    """Sizes of a new model; base: those of the checkpoint it starts from."""
-    if base is None:
-        base = dataclasses.replace(CONFIGS[settings["config"]], **(SIZES[settings["data"]] if settings["config"] == "tiny" else {}))
-    names = ("lambda_con", "lambda_cap", "pooler", "encoder_layers", "n_query", "image_size")
-    return dataclasses.replace(base, **{name: settings[name] for name in names if settings[name] is not None})
+def choose_settings(args, saved=None):
+    """What makes a run: flags over PRESETS over DEFAULTS. saved: the settings of the run to go on with."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in ("data_dir", "init"):
+        if name in given:
+            given[name] = str(Path(given[name]).resolve())
+    if saved is None:
+        settings = {**DEFAULTS, **PRESETS[args.data or DEFAULTS["data"]], **dict.fromkeys(SIZES)}
+        settings.pop("sizes")
+    else:
+        settings = dict(saved)
+    for name in settings.keys() & given.keys():
+        if saved and settings[name] != given[name] and name not in MAY_CHANGE:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{args.out}/checkpoint.pt was made with {flag} {settings[name]}; leave {flag} out to go on "
+                            f"with it, or start a new run from it with --init {args.out}/checkpoint.pt")
+        settings[name] = given[name]
+    return settings
+
+
+def make_config(settings, source=None):
+    """Sizes of the model: those of the source, or else of --config, but for what is given. ValueError if they do not fit."""
+    config = source.config if source else CONFIGS[settings["config"]]
+    if not source and settings["config"] == "tiny":
+        config = dataclasses.replace(config, **PRESETS[settings["data"]]["sizes"])
+    given = {name: settings[name] for name in SIZES if settings[name] is not None}
+    return dataclasses.replace(config, **given)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run is made of
+
+
+def join_processes(device):
+    """-> rank, number of processes (torchrun sets both), device of this one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    return rank, world, device
+
+
+def load_data(s, size, download, rank, world):
+    """-> training and validation Dataset."""
+    if rank > 0:
+        dist.barrier()  # the first process decodes images, the others then read what it has kept
+    common = dict(size=size, seed=s.seed, val_from_train=s.val_from_train)
+    data = load(s.data, s.data_dir, "train", subset=s.subset, download=download and rank == 0, **common)
+    val = load(s.data, s.data_dir, "val", **common)
+    if s.dedup:
+        data = without_duplicates(data, val, mirrored=data.augment)  # training shows mirror images too
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return data, val
 
 
 def part_of(name):
     """Name of a parameter -> the part it belongs to, None for the temperature, which always learns."""
-    return next((part for part, modules in PARTS.items() if name.split(".")[0] in modules), None)
+    for part, modules in PARTS.items():
+        if name.split(".")[0] in modules:
+            return part
+    return None
 
 
-def start_from(source, model, fresh):
-    """Copies source's weights into model, but for the fresh parts. DataError if a size differs other than the image's."""
-    state = {name: p for name, p in source.state_dict().items() if part_of(name) not in fresh}
-    own = model.state_dict()
-    if "encoder.position" in state and len(state["encoder.position"]) != len(own["encoder.position"]):
-        state["encoder.position"] = resize_positions(state["encoder.position"], math.isqrt(len(own["encoder.position"])))
-    wrong = [name for name, p in state.items() if name not in own or p.shape != own[name].shape]
-    wrong += [name for name in own if part_of(name) not in fresh and name not in state]
-    if wrong:
-        raise DataError(f"--init: its {wrong[0]} does not fit the sizes asked for; leave the sizes out, or add --fresh {part_of(wrong[0])}")
-    model.load_state_dict(state, strict=False)
+def new_model(config, s, data, source=None, vocabulary=None):
+    """-> model and tokenizer, from the source's weights and vocabulary but for the parts --fresh names."""
+    tokenizer = vocabulary
+    if vocabulary is None or "decoder" in s.fresh:
+        texts = [text for captions in data.captions for text in captions]
+        tokenizer = Tokenizer.learn(texts, max(config.vocab_size, CONFIGS["tiny"].vocab_size))
+    torch.manual_seed(s.seed)
+    model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer)))
+    if source is None:
+        return model, tokenizer
+    weights = {name: p for name, p in source.state_dict().items() if part_of(name) not in s.fresh}
+    wanted = model.state_dict()
+    if "encoder.position" in weights:
+        grid = math.isqrt(len(wanted["encoder.position"]))
+        weights["encoder.position"] = resize_positions(weights["encoder.position"], grid)
+    for name in {**wanted, **weights}:
+        fits = name in wanted and name in weights and wanted[name].shape == weights[name].shape
+        if part_of(name) not in s.fresh and not fits:
+            raise UserError(f"--init: its {name} does not fit the sizes asked for; "
+                            f"leave the sizes out, or add --fresh {part_of(name)}")
+    model.load_state_dict(weights, strict=False)
+    return model, tokenizer
 
 
-def new_folder(out, data):
-    """The folder asked for, or the first free of runs/DATA, runs/DATA-2, ... : no run is ever written over."""
-    if out is None:
-        names = (f"runs/{data}" + f"-{n}" * (n > 1) for n in range(1, sys.maxsize))
-        return Path(next(name for name in names if not Path(name).exists()))
-    if (Path(out) / "checkpoint.pt").exists():
-        raise DataError(f"{out} holds a run already; add --resume to go on with it, or give another --out")
-    return Path(out)
+def prepare(model, s):
+    """What --train, --grad-checkpoint and --compile ask for."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(part_of(name) in [*s.train, None])
+    if s.grad_checkpoint:
+        model.recompute_activations()
+    if s.compile:
+        for name in ("losses", "forward", "encode_image", "encode_text"):  # all that training calls
+            setattr(model, name, torch.compile(getattr(model, name)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Recipe (Sec. 4.1)
+def make_optimizer(model):
+    """AdamW with the paper's betas and decoupled weight decay (the paper: Adafactor, which keeps less per weight)."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learned if p.dim() > 1]
+    vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
+    groups = [dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 def learning_rate(step, peak, steps):
@@ -154,289 +239,328 @@ def learning_rate(step, peak, steps):
     return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
-def make_optimizer(model):
-    """AdamW with the paper's betas and decoupled weight decay (the paper: Adafactor, which keeps less per weight)."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learned if p.dim() > 1]
-    vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
-    return torch.optim.AdamW([dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0.0)],
-                             betas=(0.9, 0.999), fused=True)
-
-
 def half_precision(device):
-    """Where the GPU has it: matrix products in bfloat16, while LayerNorm, softmax and losses stay in float32."""
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
-        return functools.partial(torch.autocast, "cuda", torch.bfloat16)
-    return contextlib.nullcontext
+    """Where the GPU has it: matrix products in bfloat16, while LayerNorm, similarities and losses stay in float32."""
+    has_it = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_it)
 
 
 # ------------------------------------------------------------------------------------------------
 # One batch in several parts, on one or many processes: the paper's N is 65,536
 
-
-def gather(rows, sizes):
-    """Rows of all processes, in their order; sizes: how many each has."""
-    if len(sizes) == 1:
-        return rows
-    padded = F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)])  # collectives want equal shapes
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+BLOCK = 2**25  # similarities held at a time: 128 MiB of float32
 
 
-def backward(model, images, tokens, accum=1, sizes=None, autocast=contextlib.nullcontext):
-    """Leaves the gradient of Eq. (4) for the *global* batch in model's parameters -> loss_con, loss_cap.
+def gather(rows, first, N):
+    """This process's rows (n, ...), the first of which is number `first` of N -> the rows of all processes (N, ...)."""
+    whole = rows.new_zeros(N, *rows.shape[1:])
+    whole[first:first + len(rows)] = rows
+    if len(rows) < N:
+        dist.all_reduce(whole)
+    return whole
 
-    images, tokens: this process's rows. The contrastive loss compares every pair of the batch, so it is
-    no mean over parts of it: adding up the parts' own losses would be wrong. Instead (gradient caching):
-    embed every part without a graph; take the loss of all embeddings, and its gradient with respect to
-    them; then run each part again with a graph and send that gradient in. The captioning loss is a sum
-    over target tokens: each part counts by its own number of them.
+
+def contrastive_backward(model, x, y, ids, local):
+    """Eq. (2) for one process's images and texts (a slice of the N) against all texts and images, by blocks of rows.
+
+    Adds its weighted gradient to x and y (N, E) and the temperature -> this process's share of the loss. Work and
+    memory go with N x N / processes, and no N x N tensor ever exists: a block's graph is gone before the next.
     """
-    core = model.module if isinstance(model, DistributedDataParallel) else model
-    sizes = sizes or [len(images)]
-    rank = dist.get_rank() if len(sizes) > 1 else 0
-    config, world, rows = core.config, len(sizes), math.ceil(len(images) / accum)
-    if images.device.type == "cpu":
-        # what fits a core's cache is quicker (1.5 MB an activation), and short captions apart from long ones need fewer pads
-        rows = max(1, min(rows, 400_000 // core.encoder.position.numel()))
-    parts = [(x, t[:, :int((t != PAD).sum(1).max())]) for x, t in zip(images.split(rows), tokens.split(rows))]
+    N, loss = len(x), torch.zeros((), device=x.device)
+    for rows in torch.arange(N, device=x.device)[local].split(max(1, BLOCK // N)):
+        positives = ids[rows, None] == ids                              # (rows, N)
+        image_to_text = contrast(x[rows], y, model.temperature, positives)
+        text_to_image = contrast(y[rows], x, model.temperature, positives)
+        share = (image_to_text + text_to_image) * len(rows) / N  # contrast is a mean over rows
+        (model.config.lambda_con * share).backward()
+        loss = loss + share.detach()
+    return loss
 
-    def run(part):
-        with autocast():
-            return model(*part, with_logits=False)
 
-    if accum == 1:  # graphs are kept: nothing runs twice
-        outputs = [run(part) for part in parts]
-        own = [out[:2] for out in outputs]
-    else:
-        with torch.no_grad(), autocast():
-            own = [(core.encode_image(x), core.encode_text(t)) for x, t in parts]
-    x, y = (torch.cat(e).detach().to(core.log_temperature.dtype) for e in zip(*own))
-    ids = number_captions(gather(F.pad(tokens, (0, config.text_len - tokens.shape[1])), sizes))
-    x_all, y_all = (gather(e, sizes).requires_grad_() for e in (x, y))
-    con = contrastive_loss(x_all, y_all, core.temperature, ids)
-    *gradients, of_temperature = torch.autograd.grad(config.lambda_con * con, (x_all, y_all, core.log_temperature))
-    first = sum(sizes[:rank])
-    dx, dy = (g[first:first + len(x)].split([len(part[0]) for part in parts]) for g in gradients)
+def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
+    """Leaves the gradient of Eq. (4) for the batch of *all* processes in model's parameters -> loss_con, loss_cap.
+
+    images, tokens: this process's rows; sizes: how many rows each process has; accum: parts to compute its rows in.
+    The contrastive loss compares every image with every text of the batch, so it is no mean over parts of it, and
+    adding up the parts' own losses would be wrong. Instead (gradient caching, Gao et al. 2021):
+
+      1. embed all parts without keeping graphs, and gather the embeddings of all processes;
+      2. take Eq. (2) of them, and its gradient with respect to each embedding;
+      3. run each part again, with its graph, and send the gradient of its embeddings in. The captioning loss is a
+         sum over target tokens: each part counts by its own number of them;
+      4. add up the gradients of all processes.
+
+    This is exact because a part's second run gives what its first gave: nothing in the model is random.
+    """
+    config, N, first = model.config, sum(sizes), sum(sizes[:rank])
+    rows = math.ceil(len(images) / accum)
+    parts = list(zip(images.split(rows), tokens.split(rows)))
+
+    # 1. Embeddings
+    with torch.no_grad(), autocast:
+        x = torch.cat([model.encode_image(image) for image, _ in parts])  # (n, E)
+        y = torch.cat([model.encode_text(text) for _, text in parts])   # (n, E)
+    x, y = gather(x, first, N), gather(y, first, N)                     # (N, E) each
+    padded = F.pad(tokens, (0, config.text_len - tokens.shape[1]))      # (n, text_len), as in all processes
+    ids = number_captions(gather(padded, first, N))                     # (N,)
+
+    # 2. Their gradients
+    local = slice(first, first + len(images))
+    con = contrastive_backward(model, x.requires_grad_(), y.requires_grad_(), ids, local)
     targets = (tokens[:, 1:] != PAD).sum()
-    if world > 1:
-        dist.all_reduce(targets)
+    add_up([x.grad, y.grad, con, targets], len(sizes))
+    dx, dy = x.grad[local].split(rows), y.grad[local].split(rows)
 
-    total = cap = 0.0  # total: a scalar whose gradient is that of Eq. (4)
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        with contextlib.nullcontext() if last or accum == 1 or world == 1 else model.no_sync():  # processes talk once a step
-            out = outputs[i] if accum == 1 else run(part)
-            share = (out.image_embedding * dx[i]).sum() + (out.text_embedding * dy[i]).sum()
+    # 3. Into the model
+    cap = torch.zeros_like(con)
+    for (image, text), dx_part, dy_part in zip(parts, dx, dy):
+        with autocast:
             if config.lambda_cap:
-                with autocast():
-                    loss = captioning_loss(out.states, part[1], core.multimodal.head)
-                loss = loss * (part[1][:, 1:] != PAD).sum() / targets
-                share, cap = share + config.lambda_cap * loss, cap + loss.detach()
-            total = total + world * share  # DDP takes the mean over processes
-            if last:  # (in the part after which DDP adds up)
-                total = total + core.log_temperature * of_temperature
-            if accum > 1 or last:
-                total.backward()
-                total = 0.0
-    cap = torch.as_tensor(cap, device=con.device)
+                image_embedding, text_embedding, logits = model(image, text)
+                share = captioning_loss(logits, text) * (text[:, 1:] != PAD).sum() / targets
+            else:
+                image_embedding, text_embedding = model.encode_image(image), model.encode_text(text)
+                share = torch.zeros_like(con)
+        sent = (image_embedding * dx_part).sum() + (text_embedding * dy_part).sum()
+        (sent + config.lambda_cap * share).backward()
+        cap += share.detach()
+
+    # 4. Over all processes
+    add_up([cap, *(p.grad for p in model.parameters() if p.grad is not None)], len(sizes))
+    return con, cap
+
+
+def add_up(tensors, world):
+    """Each tensor becomes its sum over all processes."""
     if world > 1:
-        dist.all_reduce(cap)
-    return con.detach(), cap
+        for t in tensors:
+            dist.all_reduce(t)
 
 
 # ------------------------------------------------------------------------------------------------
 # Nothing lost
 
+METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds", "val_con", "val_cap"]
 
-def save(path, checkpoint):
-    """Writes beside the old checkpoint, then renames: at no moment is there none that loads."""
-    temporary = path.with_suffix(".tmp")
+
+def claim(out, data):
+    """Makes the folder of a new run, --out or the first free of runs/DATA, runs/DATA-2, ... : no run is ever written over."""
+    n = 1
+    while True:
+        folder = Path(out or (f"runs/{data}-{n}" if n > 1 else f"runs/{data}"))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(out))  # of two runs that start together, one makes it
+            return folder
+        except FileExistsError:
+            if out:  # a file
+                raise UserError(f"{out} is a file; give another --out") from None
+            n += 1
+        except OSError as e:
+            raise UserError(f"{folder}: cannot be made ({e}); give another --out") from None
+
+
+def lock(folder):
+    """A file that only one process can hold; the system takes it back when that process ends, however it ends."""
     try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({str(e).splitlines()[0]}); the one before, if any, is untouched") from None
+        file = open(folder / "lock", "w")
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by a run that is still going; wait for it, or give another --out") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be used ({e}); give another --out") from None
+    return file
 
 
-FIELDS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds"]
-
-
-def open_metrics(path, step):
-    """-> metrics.csv, its writer, and seconds so far. Rows that a stopped run wrote past its checkpoint are cut off."""
-    f = open(path, "r+" if step else "w", newline="")
-    seconds, end = 0.0, None
-    if step:
-        end = len(f.readline())
-        for line in iter(f.readline, ""):
-            if int(line.split(",")[0]) > step:
-                break
-            end, seconds = end + len(line), float(line.rsplit(",", 1)[1])
-        f.truncate(end)
-        f.seek(end)
-    writer = csv.DictWriter(f, FIELDS)
-    if not step:
-        writer.writeheader()
-    return f, writer, seconds
+def save(folder, model, tokenizer, optimizer, settings, rows):
+    """checkpoint.pt, and metrics.csv, which is written anew from the rows in the checkpoint: they cannot disagree."""
+    metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(METRICS))
+    save_checkpoint(folder / "checkpoint.pt", model, tokenizer, settings=settings, step=len(rows),
+                    optimizer=optimizer.state_dict(), metrics=metrics, metrics_names=METRICS)
+    lines = [",".join(METRICS)]
+    for row in rows:
+        lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
+    text = "\n".join([*lines, ""])
+    replace_file(folder / "metrics.csv", lambda f: f.write(text.encode()))
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the step in hand finish; a second one, or one after the last step, ends at once."""
+    """Ctrl-C and SIGTERM let the step in hand finish; a second one ends at once."""
 
     def __init__(self):
         self.signal = 0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def release(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
     def note(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def asked(self, world, device):
+        """The signal that any process got, 0 = none: all stop after the same step."""
+        number = torch.tensor(self.signal, device=device)
+        if world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            return int(number)
+        return self.signal
+
+
+def check_finite(when, out, **values):
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{when}: {name} is {value}; {out}/checkpoint.pt is the last good one, try a smaller --lr")
+
+
+@torch.no_grad()
+def validate(model, tokenizer, val, batch_size, autocast, device):
+    """Both losses on at most 500 validation images, each with its first caption, in batches as in training."""
+    n = min(500, len(val))
+    batch_size = min(batch_size, n)
+    con, cap, batches = 0.0, 0.0, n // batch_size
+    for i in range(0, batches * batch_size, batch_size):
+        images = to_model(torch.tensor(val.images[i:i + batch_size]).to(device))
+        texts = [captions[0] for captions in val.captions[i:i + batch_size]]
+        with autocast:
+            loss = model.losses(images, tokenizer.encode(texts, model.config.text_len).to(device))
+        con += loss.con.item() / batches
+        cap += loss.cap.item() / batches
+    return con, cap
+
 
 # ------------------------------------------------------------------------------------------------
+# The run
 
 
 def main(argv=None):
-    args, given = parse_args(argv)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
-    device = pick_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-    say = print if rank == 0 else lambda *a: None
-    checkpoint, start = None, 0
+    args = parse_args(argv)
+    rank, world, device = join_processes(args.device)
+    say = print if rank == 0 else lambda *text: None
+    source = vocabulary = checkpoint = None
     if args.resume:
-        out = Path(args.out)
-        model, tokenizer, checkpoint = load_checkpoint(out / "checkpoint.pt", device)
-        settings, config, start = {**DEFAULTS, **checkpoint["settings"]}, model.config, checkpoint["step"]
-        for name, value in given.items():
-            if value != settings[name]:
-                flag = "--" + name.replace("_", "-")
-                raise DataError(f"{out}/checkpoint.pt was made with {flag} {settings[name]}; leave {flag} out to go on with it")
+        held = lock(Path(args.out)) if rank == 0 and os.path.isdir(args.out) else None
+        model, tokenizer, checkpoint = load_checkpoint(Path(args.out) / "checkpoint.pt", device)
+        settings, config = choose_settings(args, checkpoint["settings"]), model.config
     else:
-        name = given.get("data", DEFAULTS["data"])
-        out, settings = new_folder(args.out, name), {**DEFAULTS, **RECIPE.get(name, {}), **given}
-        source, words = load_checkpoint(settings["init"], device)[:2] if settings["init"] else (None, None)
+        if args.out and os.path.exists(Path(args.out) / "checkpoint.pt"):
+            raise UserError(f"{args.out} holds a run already; add --resume to go on with it, or give another --out")
+        settings = choose_settings(args)
+        if settings["init"]:
+            source, vocabulary, _ = load_checkpoint(settings["init"], device)
         try:
-            config = make_config(settings, source and source.config)
+            config = make_config(settings, source)
         except ValueError as e:
-            raise DataError(str(e)) from None
+            raise UserError(str(e)) from None
+        settings.update({name: getattr(config, name) for name in SIZES})  # what applies, whoever chose it
     s = argparse.Namespace(**settings)
-    if s.batch_size < args.accum * world:
-        raise DataError(f"--batch-size {s.batch_size} cannot be cut into {args.accum} parts for each of {world} processes; make it larger")
-
-    torch.manual_seed(s.seed)
-    for turn in range(min(world, 2)):  # the first process decodes images, the others read what it has kept
-        if turn == min(rank, 1):
-            data = load(s.data, s.data_dir, "train", config.image_size, s.subset, s.seed, args.download and rank == 0)
-            if rank == 0 or s.dedup:
-                unseen = load(s.data, s.data_dir, "val", config.image_size, seed=s.seed)  # its faults should show now, not at the end
-            if s.dedup:
-                data = without_duplicates(data, unseen, mirrored=data.augment)  # training shows mirror images too
-        if world > 1:
-            dist.barrier()
+    if s.batch_size < s.accum * world:
+        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {s.accum} parts for each of {world} processes; "
+                        "make it larger")
+    data, val = load_data(s, config.image_size, args.download, rank, world)
     if not checkpoint:
-        tokenizer = words or Tokenizer.learn((text for mine in data.captions for text in mine), config.vocab_size)
-        model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer))).to(device)
-        if source:
-            start_from(source, model, s.fresh)
-    for name, p in model.named_parameters():
-        p.requires_grad_(part_of(name) in [*s.train, None])
-    sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
-    own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch: the order is one, whatever the number of processes
-    batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed, own, device)
-    optimizer = make_optimizer(model)
+        model, tokenizer = new_model(config, s, data, source, vocabulary)
+    model.to(device)
+    prepare(model, s)
+    optimizer, rows = make_optimizer(model), []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"].cpu())
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.recompute = args.grad_checkpoint
-    autocast = half_precision(device)
+        rows = checkpoint["metrics"].tolist()
+    sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
+    first = sum(sizes[:rank])
+    batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed, slice(first, first + sizes[rank]), device)
+    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > PAD).sum()
+    if unknown > 0.1:
+        note(f"{unknown:.0%} of the captions' words are unknown to the vocabulary; --fresh decoder learns a new one")
+    out = Path(args.out) if args.resume else None
+    if rank == 0 and not args.resume:
+        out = claim(args.out, s.data)
+        held = lock(out)  # noqa: F841 (until this process ends)
+        if (out / "checkpoint.pt").exists():
+            raise UserError(f"{out} holds a run already; give another --out")
 
-    def keep(step):
-        save(out / "checkpoint.pt", dict(config=dataclasses.asdict(model.config), vocabulary=tokenizer.words, settings=settings,
-                                         model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                                         random=torch.get_rng_state()))
-
-    metrics, before = None, 0.0
-    if rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not checkpoint:
-                keep(0)
-            metrics, writer, before = open_metrics(out / "metrics.csv", start)
-        except OSError as e:
-            raise DataError(f"{out}: cannot be written ({e}); give another --out") from None
-
-    count = lambda *parts: sum(p.numel() for part in parts if part is not None for p in part.parameters()) / 1e6  # noqa: E731
     say(" ".join(f"{name}={value}" for name, value in {**settings, "device": device, "out": out, "processes": world}.items()))
-    say(f"{len(data):,} images, {len(tokenizer):,} words; parameters: encoder {count(model.encoder):.2f}M, "
-        f"poolers {count(model.generative_pooler, model.contrastive_pooler):.2f}M, decoder {count(model.unimodal, model.multimodal):.2f}M")
-    say(f"losses to expect at step 0: contrastive about 2 ln {s.batch_size} = {2 * math.log(s.batch_size):.2f} (less if captions "
-        f"repeat), captioning about ln {len(tokenizer)} = {math.log(len(tokenizer)):.2f}")
-
-    if args.compile:
-        model.compile()
-    runner = model
+    say(f"{len(data):,} images, {len(tokenizer):,} words; parameters in millions: "
+        f"encoder {count_parameters(model.encoder):.2f}, "
+        f"poolers {count_parameters(model.generative_pooler, model.contrastive_pooler):.2f}, "
+        f"decoder {count_parameters(model.unimodal, model.multimodal):.2f}")
+    say(f"losses to expect at step 0: contrastive about 2 ln {s.batch_size} = {2 * math.log(s.batch_size):.2f} "
+        f"(less if captions repeat), captioning about ln {len(tokenizer)} = {math.log(len(tokenizer)):.2f}")
+    train(model, tokenizer, optimizer, batches, val, settings, rows, out, args.save_every, sizes, rank, device)
+    if rank == 0:
+        print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, {rows[-1][7]:.0f} s of training on {device}")
+        print_scores(evaluate(model, tokenizer, settings))
+        print(f"saved: {out}/checkpoint.pt, {out}/metrics.csv")
+        if model.config.lambda_cap:
+            print(f"next:  python eval.py {out}/checkpoint.pt --image YOUR.jpg")
     if world > 1:
-        runner = DistributedDataParallel(model, find_unused_parameters=not s.lambda_cap)
-    stop, began = Stop(), time.time()
-    bar = tqdm(range(start, s.steps), "training", s.steps, initial=start, disable=rank > 0)
+        dist.destroy_process_group()
+
+
+def train(model, tokenizer, optimizer, batches, val, settings, rows, out, save_every, sizes, rank, device):
+    """Trains from step len(rows) to the last. rows: one of METRICS a step, to which it adds; out: where rank 0 saves."""
+    s, world, autocast = argparse.Namespace(**settings), len(sizes), half_precision(device)
+    before = rows[-1][7] if rows else 0.0  # seconds of earlier runs
+    stop, began, saved, saving = Stop(), time.time(), -math.inf, 0.0
+
+    def keep():
+        nonlocal saved, saving
+        start = time.time()
+        if rows:
+            rows[-1][8:] = validate(model, tokenizer, val, s.batch_size, autocast, device)
+        save(out, model, tokenizer, optimizer, settings, rows)
+        saved, saving = time.time(), time.time() - start
+
+    bar = tqdm(range(len(rows), s.steps), "training", s.steps, initial=len(rows), disable=rank > 0)
     for step in bar:
         lr = learning_rate(step, s.lr, s.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, tokens = batches(step)
         optimizer.zero_grad()
-        con, cap = backward(runner, images, tokens, args.accum, sizes, autocast)
+        if s.accum == 1 and world == 1:
+            with autocast:
+                loss = model.losses(images, tokens)
+            loss.total.backward()
+            con, cap = loss.con, loss.cap
+        else:
+            con, cap = large_batch_backward(model, images, tokens, s.accum, sizes, rank, autocast)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as in Tables 9 and 10; not stated for pretraining
-        temperature = model.temperature.detach()
-        values = torch.stack([con, cap, norm, temperature, torch.tensor(float(stop.signal), device=device)])
-        if world > 1:
-            dist.all_reduce(values[4:], dist.ReduceOp.MAX)  # all stop after the same step
-        con, cap, norm, temperature, signalled = values.tolist()  # the only wait for the device in a step
-        for name, value in (("loss_con", con), ("loss_cap", cap), ("the gradient's norm", norm)):
-            if not math.isfinite(value):
-                raise DataError(f"step {step + 1}: {name} is {value}; {out}/checkpoint.pt is the last good one, try a smaller --lr")
-        optimizer.step()
-        if rank == 0:
-            writer.writerow(dict(step=step + 1, images=(step + 1) * s.batch_size, loss_con=con, loss_cap=cap,
-                                 loss=s.lambda_con * con + s.lambda_cap * cap, lr=lr, temperature=temperature,
-                                 seconds=round(before + time.time() - began, 3)))
-            if step % 10 == 0:
-                bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
-            if (step + 1) % args.save_every == 0 or step + 1 == s.steps or signalled:
-                metrics.flush()  # first, so that no checkpoint is ahead of its metrics
-                keep(step + 1)
-        if signalled:
+        con, cap, norm, temperature = torch.stack([con, cap, norm, model.temperature]).tolist()
+        check_finite(f"step {step + 1}", out, loss_con=con, loss_cap=cap, gradient_norm=norm)
+        stopped = stop.asked(world, device)
+        overdue = time.time() - saved > max(30, 20 * saving)  # at most 5 % of the time goes into saving
+        if rank == 0 and (stopped or overdue or step % save_every == 0):
+            keep()  # here, as these weights have just given finite losses
+        if stopped:
             bar.close()
-            say(f"stopped by {signal.Signals(int(signalled)).name} after step {step + 1}, saved; "
-                f"go on with: python train.py --out {out} --resume")
-            sys.exit(128 + int(signalled))
-    stop.release()
-    seconds = before + time.time() - began
+            if rank == 0:
+                print(f"stopped by {signal.Signals(stopped).name} after step {step}, saved; "
+                      f"go on with: python train.py --out {out} --resume")
+            sys.exit(128 + stopped)
+        optimizer.step()
+        seconds = before + time.time() - began
+        total = s.lambda_con * con + s.lambda_cap * cap
+        rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total, lr, temperature, seconds, math.nan, math.nan])
+        bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
     if rank == 0:
-        metrics.close()
-        say(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, {seconds:.0f} s of training on {device}")
-        report(evaluate(model, tokenizer, settings))
-        say(f"saved: {out}/checkpoint.pt, {out}/metrics.csv\nnext:  python eval.py {out}/checkpoint.pt --image YOUR.jpg")
-    if world > 1:
-        dist.destroy_process_group()
+        check_finite("after the last step", out, **dict(zip(("val_con", "val_cap"), validate(
+            model, tokenizer, val, s.batch_size, autocast, device))))
+        keep()
+    stop.release()
+    if stop.signal:
+        if rank == 0:
+            print(f"stopped by {signal.Signals(stop.signal).name} after the last step, saved")
+        sys.exit(128 + stop.signal)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as e:
+    except UserError as e:
         sys.exit(f"error: {e}")
