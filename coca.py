@@ -1,39 +1,46 @@
-"""CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., TMLR 2022, arXiv 2205.01917).
+"""CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., TMLR 2022).
 
-    python coca.py      a guided tour of one forward pass: what flows where, the mask, both losses, the sizes
+    arXiv 2205.01917
+    python coca.py      a guided tour of one forward pass: what flows, the mask, both losses, sizes
 
-One model that is at once a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1): an image
-encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half never looks
-at the image and gives the text embedding of a contrastive loss; the upper (multimodal) half reads the
-image and writes the caption. One forward pass serves both losses.
+One model that is at once a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1): an
+image encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half
+never looks at the image and gives the text embedding of a contrastive loss; the upper (multimodal)
+half reads the image and writes the caption. One forward pass serves both losses.
 
-Where to find what                                                                            runs in
-    CoCaConfig, CONFIGS     Table 1 (sizes), Sec. 4.1 (resolution, vocabulary)
-    causal_mask, attention  Sec. 3.2: who may look at whom, written out; Attention asks torch for the same
-    ImageEncoder            Sec. 3.2, Table 1: a ViT                                          training
-    AttentionalPooler       Sec. 3.2 "Attentional poolers"; Table 8f: CoCa.pool_image         training
-    UnimodalDecoder         Sec. 3.2 "Decoupled text decoder"; Table 8d: n_uni; 8e: one [CLS] training
-    MultimodalDecoder       the same                                                          training
-    contrastive_loss        Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"             training
-    captioning_loss         Eq. (3), Sec. 3.1 "Encoder-decoder captioning"                    training
-    CoCa.losses             Eq. (4), Sec. 3.2; Table 8b (one loss alone), Table 8c (lambdas)  training
-    CoCa.encode_image/_text Sec. 3.3 "Zero-shot transfer", Tables 3 and 4                     evaluation
-    Classifier              Eq. (1), trained on frozen or finetuned features: Sec. 3.3, 4.2   evaluation
-    CoCa.features           Sec. 4.2 "Multimodal understanding": the states a Classifier reads  both
-    CoCa.generate           captioning, Table 7                                               generation
-(Eq. (1) as Table 8a has it, labels read as text, is Eq. (3) on captions made of class names.)
+Where to find what                                                                    runs in
+    CoCaConfig, CONFIGS   Table 1 (sizes), Sec. 4.1 (resolution, vocabulary)          everything
+    causal_mask           Sec. 3.2: who may look at whom; Attention.forward asks      everything
+                          torch's fused kernel for the same
+    ImageEncoder          Sec. 3.2, Table 1: a ViT                                    everything
+    AttentionalPooler     Sec. 3.2 "Attentional poolers"; Table 8f: CoCa.pool_image   everything
+    UnimodalDecoder       Sec. 3.2 "Decoupled text decoder"; Tables 8d (n_uni) and    everything
+                          8e (one [CLS])
+    MultimodalDecoder     Sec. 3.2 "Decoupled text decoder"                           everything
+    contrastive_loss      Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"       training
+    captioning_loss       Eq. (3), Sec. 3.1 "Encoder-decoder captioning"; training    training
+                          takes its inner half, next_token_loss
+    CoCa.losses           Eq. (4), Sec. 3.2; Tables 8b (one loss), 8c (the lambdas)   training
+    CoCa.encode_image,    Sec. 3.3 "Zero-shot transfer", Tables 3 and 4               evaluation
+    CoCa.encode_text
+    CoCa.features         Sec. 4.2 "Multimodal understanding": what a Classifier      evaluation,
+                          reads                                                       training
+    Classifier            Eq. (1); Sec. 3.3 "Frozen-feature evaluation", "CoCa for    evaluation
+                          Video Action Recognition"; Sec. 4.2
+    CoCa.generate         captioning, Table 7                                         generation
+(Eq. (1) as Table 8a has it, with labels read as text, is Eq. (3) on captions of class names.)
 
 Dimension letters
     B batch   P image tokens (patches)   Q pooled image tokens (n_query)   L text tokens   D width
-    E embedding (= D)   H heads   d = D / H   V vocabulary   N pairs that a loss compares
+    E embedding (= D)   H heads   d = D / H   V vocabulary   T target tokens   N pairs to compare
 
-Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (the image's start as 2-D
-sinusoids); heads of the poolers = heads of the model; LayerNorm after each pooler and before the text
-embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees exactly the real
-tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean over the batch's
-target tokens; no dropout; temperature within [0.01, 1]; texts of 64 tokens for the paper's sizes;
-initial values (CoCa.init_parameters). And where it is not: images with the same caption are each
-other's positives in Eq. (2) (contrastive_loss says why).
+Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (the image's start as
+2-D sinusoids); heads of the poolers = heads of the model; LayerNorm after each pooler and before
+the text embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees
+exactly the real tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean
+over the batch's target tokens; no dropout; temperature within [0.01, 1]; texts of 64 tokens for the
+paper's sizes; initial values (CoCa.init_parameters). Where we differ: images with the same caption
+are each other's positives in Eq. (2) (contrastive_loss says why).
 """
 import functools
 import math
@@ -53,7 +60,7 @@ PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # special tokens; a caption is BEGIN word
 
 @dataclass
 class CoCaConfig:
-    """Sizes of a CoCa, tiny by default. Comments: meaning | the paper's Base. ValueError if they do not fit."""
+    """Sizes of a CoCa, tiny by default; ValueError if they do not fit. Comments: what | Base."""
 
     image_size: int = 32  # pixels a side | 288, then 576
     patch_size: int = 4  # pixels a side | 18
@@ -64,8 +71,8 @@ class CoCaConfig:
     n_uni: int = 2  # unimodal decoder layers | 12
     n_multi: int = 2  # multimodal decoder layers | 12
     decoder_mlp: int = 0  # hidden units of the decoder's MLPs, 0 = 4 x width | 3072
-    n_query: int = 16  # Q, queries of the generative pooler, 0 = the decoder reads all P image tokens | 256
-    pooler: str = "cascade"  # the contrastive pooler reads the generative one's output, or "parallel" | cascade
+    n_query: int = 16  # Q, of the generative pooler; 0 = the decoder reads all image tokens | 256
+    pooler: str = "cascade"  # the contrastive pooler reads the generative one's output | cascade
     vocab_size: int = 4096  # V, with the four special tokens | 64,000
     text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated
     lambda_con: float = 1.0  # weight of Eq. (2) in Eq. (4); 0 = an image captioner | 1
@@ -74,15 +81,16 @@ class CoCaConfig:
     def __post_init__(self):
         self.encoder_mlp = self.encoder_mlp or 4 * self.width
         self.decoder_mlp = self.decoder_mlp or 4 * self.width
-        least = dict(image_size=1, patch_size=1, width=1, heads=1, encoder_layers=0, n_uni=1, n_multi=1,
-                     n_query=0, vocab_size=5, text_len=3, lambda_con=0, lambda_cap=0)
+        least = dict(image_size=1, patch_size=1, width=1, heads=1, encoder_layers=0, n_uni=1,
+                     n_multi=1, n_query=0, vocab_size=5, text_len=3, lambda_con=0, lambda_cap=0)
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of "
+                             f"patch_size {self.patch_size}")
         if self.pooler not in ("cascade", "parallel"):
             raise ValueError(f"pooler must be cascade or parallel, not {self.pooler!r}")
         if not self.lambda_con and not self.lambda_cap:
@@ -94,21 +102,25 @@ _base = CoCaConfig(image_size=288, patch_size=18, width=768, heads=12, encoder_l
 CONFIGS = {
     "tiny": CoCaConfig(),
     "base": _base,
-    "large": replace(_base, width=1024, heads=16, encoder_layers=24, encoder_mlp=4096, decoder_mlp=4096),
+    "large": replace(_base, width=1024, heads=16, encoder_layers=24, encoder_mlp=4096,
+                     decoder_mlp=4096),
     "giant": replace(_base, width=1408, heads=16, encoder_layers=40, n_uni=18, n_multi=18,
                      encoder_mlp=6144, decoder_mlp=5632),
-    "bench-tiny": CoCaConfig(width=192, heads=3, encoder_layers=6, n_uni=3, n_multi=3, n_query=64, vocab_size=1024),
+    "bench-tiny": CoCaConfig(width=192, heads=3, encoder_layers=6, n_uni=3, n_multi=3, n_query=64,
+                             vocab_size=1024),
     "bench-small": CoCaConfig(image_size=64, patch_size=8, width=384, heads=6, encoder_layers=12,
                               n_uni=6, n_multi=6, n_query=64),
 }
-TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}  # millions: encoder, decoder; poolers not counted
+# The paper's millions: encoder, decoder. The poolers are apparently not counted. The decoders of
+# base and large want a softmax not tied to the embedding; of giant, 1.1B, either could be meant
+TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}
 
 # ------------------------------------------------------------------------------------------------
 # Attention
 
 
 def causal_mask(L, device=None):
-    """(L, L) bool, True = the token of that row may look at the token of that column: at itself and what is before.
+    """(L, L) bool, True = the token of that row may look at that of the column: itself or before.
 
     In the unimodal decoder, for "a red ring" in a batch whose longest caption has one word more:
 
@@ -121,14 +133,14 @@ def causal_mask(L, device=None):
         [CLS]          x      x    x     x     x      x      .     becomes the text embedding
         <pad>          x      x    x     x     x      x      x     is read by nobody
 
-    Because [CLS] stands right behind the last real token, this one mask lets it see every real token and
-    itself and no padding, and lets no token see it: no other mask is needed.
+    Because [CLS] stands right behind the last real token, this one mask lets it see every real
+    token and itself and no padding, and lets no token see it: no other mask is needed.
     """
     return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
 def attention(q, k, v, causal=False, valid=None):
-    """softmax(q k^T / sqrt(d)) v, written out: the definition. torch's fused kernel computes the same.
+    """softmax(q k^T / sqrt(d)) v, written out: the definition of what torch's fused kernel does.
 
     q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d) and the weights (B, H, Lq, Lk).
     causal: only what causal_mask allows (Lq = Lk). valid (B, Lk): True = may be looked at.
@@ -136,7 +148,7 @@ def attention(q, k, v, causal=False, valid=None):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])           # (B, H, Lq, Lk)
     if causal:
         allowed = causal_mask(len(scores[0, 0]), q.device)              # (L, L)
-        scores = scores.masked_fill(~allowed, -math.inf)  # -inf, not a large number: weights are exactly 0
+        scores = scores.masked_fill(~allowed, -math.inf)  # -inf: weights are exactly 0
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None], -math.inf)
     weights = scores.softmax(-1)
@@ -150,7 +162,7 @@ class Cache:
         self.stored = {}  # Attention -> k, v
 
     def keys_values(self, layer, source, grows):
-        """k, v of all tokens so far. grows: source is one more token (self-attention); else it is what it was (the image)."""
+        """k and v of all tokens so far. grows: source is one more token; else it is the image."""
         if layer not in self.stored:
             self.stored[layer] = layer.keys_values(source)
         elif grows:
@@ -180,10 +192,11 @@ class Attention(nn.Module):
         return self.split(k), self.split(v)
 
     def forward(self, x, context=None, causal=False, cache=None, valid=None, return_weights=False):
-        """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D), with return_weights also (B, H, Lq, Lk).
+        """x (B, Lq, D), context (B, Lk, D) or None -> (B, Lq, D).
 
-        cache: a Cache, in generation; x is then the one token that follows those of the earlier calls, and
-        may look at all of them. valid (B, Lk): True = may be looked at.
+        return_weights: also the weights (B, H, Lq, Lk). valid (B, Lk): True = may be looked at.
+        cache: in generation; x is then the one token that follows those of the earlier calls, and
+        may look at all of them.
         """
         source = x if context is None else context                      # (B, Lk, D)
         q = self.split(self.q(x))                                       # (B, H, Lq, d)
@@ -196,14 +209,14 @@ class Attention(nn.Module):
         if return_weights or valid is not None:
             x, weights = attention(q, k, v, causal, valid)              # (B, H, Lq, d)
         else:
-            # The causal mask of training: is_causal asks the fused kernel for causal_mask, without building it
+            # HERE training asks for the causal mask: is_causal is causal_mask in the fused kernel
             x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = self.out(x.transpose(1, 2).flatten(2))                      # (B, Lq, D)
         return (x, weights) if return_weights else x
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm transformer layer: self-attention, cross-attention if asked for, an MLP of two matrices."""
+    """Pre-LayerNorm transformer layer: self-attention, cross-attention if asked for, MLP."""
 
     def __init__(self, width, heads, mlp, cross=False):
         super().__init__()
@@ -228,31 +241,32 @@ class Block(nn.Module):
 
 
 def sinusoids_2d(grid, width):
-    """(grid * grid, width): half of the channels say the row, half the column. Neighbours are alike."""
+    """(grid * grid, width): half of the channels say the row, half the column."""
     frequency = 10000 ** -(torch.arange(width // 4) / max(width // 4, 1))
     angle = torch.arange(grid)[:, None] * frequency                     # (grid, D/4)
     place = torch.cat([angle.sin(), angle.cos()], -1)                   # (grid, D/2)
     rows = place[:, None].expand(-1, grid, -1)                          # (grid, grid, D/2)
     columns = place[None].expand(grid, -1, -1)                          # (grid, grid, D/2)
-    positions = torch.cat([rows, columns], -1).flatten(0, 1)            # (P, D), or less if 4 does not divide D
-    return F.pad(positions, (0, width - positions.shape[1]))
+    positions = torch.cat([rows, columns], -1).flatten(0, 1)            # (P, D)
+    return F.pad(positions, (0, width - positions.shape[1]))  # (if 4 does not divide D)
 
 
 def resize_positions(position, grid):
-    """Learned positions (P, D) of a square grid -> (grid * grid, D): for images of another size (Sec. 4.1: 576 after 288)."""
+    """Learned positions (P, D) -> (grid * grid, D), for larger images (Sec. 4.1: 576 after 288)."""
     side = math.isqrt(len(position))
     square = position.T.unflatten(1, (side, side))                      # (D, side, side)
     return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
 
 
 class ImageEncoder(nn.Module):
-    """ViT without a class token (Sec. 3.2, Table 1): the poolers, not a class token, summarise its tokens."""
+    """ViT without a class token (Sec. 3.2, Table 1): the poolers summarise its tokens instead."""
 
     def __init__(self, c):
         super().__init__()
         self.patches = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
         self.position = nn.Parameter(torch.empty((c.image_size // c.patch_size) ** 2, c.width))
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.encoder_mlp) for _ in range(c.encoder_layers))
+        blocks = [Block(c.width, c.heads, c.encoder_mlp) for _ in range(c.encoder_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.width)
 
     def forward(self, images):
@@ -269,21 +283,21 @@ class ImageEncoder(nn.Module):
 
 
 class AttentionalPooler(nn.Module):
-    """A single multi-head attention layer with n_query learned queries (Sec. 3.2); no MLP, no residual.
+    """One multi-head attention layer with n_query learned queries (Sec. 3.2); no MLP, no residual.
 
-    It adapts one encoder to two tasks: 256 queries keep what a caption needs, one query what a global
-    comparison needs. At 288 pixels it saves nothing (256 patches, 256 queries); at 576 the decoder reads
-    256 tokens instead of 1,024.
+    It adapts one encoder to two tasks: 256 queries keep what a caption needs, one query what a
+    comparison of whole images needs. At 288 pixels it saves nothing (256 patches, 256 queries); at
+    576 the decoder reads 256 tokens instead of 1,024.
     """
 
     def __init__(self, width, heads, n_query):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(n_query, width))  # far apart: they ask for different things from the start
+        self.query = nn.Parameter(torch.randn(n_query, width))  # far apart: each asks for its own
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens, valid=None, return_weights=False):
-        """tokens (B, P, D), valid (B, P) True = no pad -> (B, n_query, D), with return_weights also (B, H, n_query, P)."""
+        """tokens (B, P, D), valid (B, P) True = no pad -> (B, Q, D), weights (B, H, Q, P)."""
         query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
         if return_weights:
             x, weights = self.attention(query, tokens, valid=valid, return_weights=True)
@@ -296,11 +310,11 @@ class AttentionalPooler(nn.Module):
 
 
 class UnimodalDecoder(nn.Module):
-    """The n_uni lower layers: causal self-attention only, and a learned [CLS] behind the last real token.
+    """The n_uni lower layers: causal self-attention, a learned [CLS] behind the last real token.
 
-    [CLS] goes last because only the last token sees the whole text under a causal mask. It has no position:
-    its place would say how long the text is, or worse, how long the longest of the batch is. The multimodal
-    half never gets it: there is nothing left to predict after END.
+    [CLS] goes last because under a causal mask only the last token sees the whole text. It has no
+    position: that would say how long the text is, or worse, how long the longest of the batch is.
+    The multimodal half never gets it: after END there is nothing left to predict.
     """
 
     def __init__(self, c):
@@ -308,7 +322,8 @@ class UnimodalDecoder(nn.Module):
         self.token = nn.Embedding(c.vocab_size, c.width)
         self.position = nn.Parameter(torch.empty(c.text_len, c.width))
         self.cls = nn.Parameter(torch.empty(c.width))
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.decoder_mlp) for _ in range(c.n_uni))
+        blocks = [Block(c.width, c.heads, c.decoder_mlp) for _ in range(c.n_uni)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.width)
 
     def embed(self, tokens, start=0):
@@ -319,8 +334,9 @@ class UnimodalDecoder(nn.Module):
         return self.token(tokens) + self.position[start:end]            # (B, L, D)
 
     def insert_cls(self, x, length):
-        """Embedded tokens x (B, L, D), length (B,) of each text -> (B, L + 1, D) with [CLS] at place `length`."""
-        is_cls = torch.arange(x.shape[1] + 1, device=x.device) == length[:, None]  # (B, L + 1)
+        """Embedded tokens x (B, L, D) -> (B, L + 1, D) with [CLS] at place length (B,) of each."""
+        places = torch.arange(x.shape[1] + 1, device=x.device)
+        is_cls = places == length[:, None]                              # (B, L + 1)
         return torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))
 
     def forward(self, tokens):
@@ -331,12 +347,12 @@ class UnimodalDecoder(nn.Module):
         for block in self.blocks:
             x = block(x, causal=True)                                   # (B, L + 1, D)
         cls = x[torch.arange(B, device=x.device), length]               # (B, D)
-        is_pad = torch.arange(L, device=x.device) >= length[:, None]    # (B, L)
-        states = torch.where(is_pad[..., None], x[:, 1:], x[:, :-1])    # (B, L, D): [CLS] taken out, pads move up
+        is_pad = (tokens == PAD)[..., None]                             # (B, L, 1)
+        states = torch.where(is_pad, x[:, 1:], x[:, :-1])               # (B, L, D): without [CLS]
         return states, self.norm(cls)
 
     def extend(self, tokens, start, cache):
-        """The one token (B, 1) at position `start`, after those in the cache -> its state (B, 1, D). No [CLS]."""
+        """One token (B, 1) more, at position `start`, after those in the cache -> (B, 1, D)."""
         x = self.embed(tokens, start)                                   # (B, 1, D)
         for block in self.blocks:
             x = block(x, causal=True, cache=cache)
@@ -344,16 +360,17 @@ class UnimodalDecoder(nn.Module):
 
 
 class MultimodalDecoder(nn.Module):
-    """The n_multi upper layers: causal self-attention, cross-attention to the image, MLP; then the softmax."""
+    """The n_multi upper layers: causal self-attention and cross-attention to the image; softmax."""
 
     def __init__(self, c):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.decoder_mlp, cross=True) for _ in range(c.n_multi))
+        blocks = [Block(c.width, c.heads, c.decoder_mlp, cross=True) for _ in range(c.n_multi)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.width)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied to the embedding: Table 1's counts
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied: see TABLE_1
 
     def forward(self, states, caption_tokens, cache=None):
-        """states (B, L, D) of the unimodal half, caption_tokens (B, Q, D) of the image -> (B, L, D); head makes logits."""
+        """states (B, L, D) of the lower half, caption_tokens (B, Q, D) of the image -> (B, L, D)."""
         for block in self.blocks:
             states = block(states, caption_tokens, causal=True, cache=cache)
         return self.norm(states)
@@ -369,14 +386,15 @@ def at_least_float32(x):
 
 
 def contrast(anchors, candidates, temperature, positives):
-    """One direction of Eq. (2): the mean over anchors of -log softmax(anchor . candidates / sigma) at the positive.
+    """One direction of Eq. (2): mean of -log softmax(anchor . candidates / sigma) at the positive.
 
-    anchors (n, E), candidates (N, E), temperature sigma > 0, positives (n, N) True = belong together -> scalar.
-    With several positives the target is uniform over them, and its entropy, the log of their number, is
-    taken off, so that 0 can be reached whatever their number (gradients do not change).
+    anchors (n, E), candidates (N, E), temperature sigma > 0, positives (n, N) True = a pair.
+    With several positives the target is uniform over them, and its entropy, the log of their
+    number, is taken off, so that 0 can be reached (gradients do not change).
     """
     with torch.autocast(anchors.device.type, enabled=False):
-        anchors, candidates = at_least_float32(anchors), at_least_float32(candidates)
+        anchors = at_least_float32(anchors)
+        candidates = at_least_float32(candidates)
         similarity = anchors @ candidates.T / temperature               # (n, N)
         positives = positives.to(similarity.dtype)                      # (n, N)
         count = positives.sum(1, keepdim=True)                          # (n, 1)
@@ -384,13 +402,14 @@ def contrast(anchors, candidates, temperature, positives):
 
 
 def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=None):
-    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / sigma)_i + sum_i log softmax_j(y_i.x_j / sigma)_i).
+    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / s)_i + sum_i log softmax_j(y_i.x_j / s)_i).
 
-    image_embedding x and text_embedding y (N, E), unit norm; temperature sigma > 0 -> scalar.
+    image_embedding x and text_embedding y (N, E), unit norm; temperature s > 0 -> scalar.
     The two directions are added, as the paper prints it; CLIP averages them (half of this).
-    caption_ids (N,): equal numbers mark identical captions, which count as each other's positives. The paper
-    has no such rule and hardly needs one. With class names it is needed: of 64 images of 10 classes each
-    has six equal captions in the batch, and Eq. (2) as printed cannot fall below 1.9 a direction.
+    caption_ids (N,): equal numbers mark identical captions, which count as each other's positives.
+    The paper has no such rule and, with free captions, hardly needs one. With class names it is
+    needed: in a batch of 64 images of 10 classes six or seven captions are equal, and Eq. (2) as
+    printed cannot fall below 1.9 a direction.
     """
     if caption_ids is None:
         caption_ids = torch.arange(len(image_embedding), device=image_embedding.device)
@@ -401,12 +420,12 @@ def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=N
 
 
 def number_captions(tokens):
-    """tokens (N, L) -> (N,), equal numbers for identical captions. On the CPU: not every device can."""
+    """tokens (N, L) -> (N,), equal numbers for equal captions. On the CPU: not every device can."""
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
 
 def with_target(x, tokens):
-    """Keeps what a real token follows: x (B, L, ...), tokens (B, L) -> x (T, ...) and the tokens that follow (T,)."""
+    """x (B, L, ...) where a real token follows -> (T, ...), and the tokens that follow (T,)."""
     follows = tokens[:, 1:] != PAD                                      # (B, L - 1)
     return x[:, :-1][follows], tokens[:, 1:][follows]
 
@@ -414,13 +433,13 @@ def with_target(x, tokens):
 def captioning_loss(logits, tokens):
     """Eq. (3): -log P(y_t | y_<t, x), as the mean over the real target tokens of the batch.
 
-    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar, 0 if there is no target.
+    logits (B, L, V), logits[:, t] predicts tokens[:, t + 1]; tokens (B, L) -> scalar.
     """
     return next_token_loss(*with_target(logits, tokens))
 
 
 def next_token_loss(logits, targets):
-    """logits (T, V), targets (T,) -> mean of -log P(target)."""
+    """logits (T, V), targets (T,) -> mean of -log P(target), 0 if there is none."""
     loss = F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
     return loss / max(1, len(targets))
 
@@ -444,14 +463,16 @@ class Losses(NamedTuple):
 class CoCa(nn.Module):
     """Contrastive captioner (Sec. 3.2).
 
-    Images: float (B, 3, S, S), scaled by data.to_model. Tokens: int64 (B, L), L <= text_len, right-padded with PAD.
+    Images: float (B, 3, S, S) in [-1, 1]. Tokens: int64 (B, L), L <= text_len, PAD at the right.
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         self.encoder = ImageEncoder(c)
-        self.generative_pooler = AttentionalPooler(c.width, c.heads, c.n_query) if c.n_query else None
+        self.generative_pooler = None
+        if c.n_query:
+            self.generative_pooler = AttentionalPooler(c.width, c.heads, c.n_query)
         self.contrastive_pooler = AttentionalPooler(c.width, c.heads, 1)
         self.unimodal = UnimodalDecoder(c)
         self.multimodal = MultimodalDecoder(c)
@@ -460,29 +481,29 @@ class CoCa(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self):
-        """Initial values; LayerNorms start as torch makes them, pooler queries as AttentionalPooler does."""
+        """Initial values. LayerNorms start as torch makes them, queries in AttentionalPooler."""
         c = self.config
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 inputs = module.weight[0].numel()
-                module.weight.normal_(std=inputs ** -0.5)
+                module.weight.normal_(std=inputs**-0.5)
                 if module.bias is not None:
                     module.bias.zero_()
-        # What adds to a residual stream is made smaller, the more layers add to it (GPT-2)
-        for stack, layers in ((self.encoder, c.encoder_layers), (self.unimodal, c.n_uni + c.n_multi),
-                              (self.multimodal, c.n_uni + c.n_multi)):
-            for name, p in stack.named_parameters():
-                if name.endswith(("attention.out.weight", "mlp.2.weight")):
-                    p.div_(math.sqrt(2 * layers))
+            # What is added to a residual stream starts smaller, the more layers add to it (GPT-2)
+            if name.endswith(("attention.out", "mlp.2")) and "pooler" not in name:
+                layers = c.encoder_layers if name.startswith("encoder") else c.n_uni + c.n_multi
+                module.weight.div_(math.sqrt(2 * layers))
         for p in (self.unimodal.token.weight, self.unimodal.position, self.unimodal.cls):
             p.normal_(std=0.02)
+        # As strong as the patches' content: at 0.2 of this, where things are reaches the poolers
+        # late, and captions that are right but for the place took twice the images to mend
         self.encoder.position.copy_(sinusoids_2d(c.image_size // c.patch_size, c.width))
 
     @property
     def temperature(self):
-        """sigma of Eq. (2): learned, kept within [0.01, 1]: CLIP's bound, and where logits are plain cosines.
+        """sigma of Eq. (2), learned, within [0.01, 1]: CLIP's bound, and similarities undivided.
 
-        The gradient passes the bounds (a bare clamp would stop it there for good).
+        The gradient passes the bounds: a bare clamp would stop it there for good.
         """
         bounded = self.log_temperature.clamp(math.log(0.01), 0.0)
         return (self.log_temperature + (bounded - self.log_temperature).detach()).exp()
@@ -509,8 +530,8 @@ class CoCa(nn.Module):
     def features(self, images, tokens):
         """All of the model but the softmax, in one pass.
 
-        images (B, 3, S, S), tokens (B, L) -> image embedding (B, E), text embedding (B, E), states of the whole
-        decoder (B, L, D): each token, seen with the image.
+        images (B, 3, S, S), tokens (B, L) -> image embedding (B, E), text embedding (B, E),
+        states of the whole decoder (B, L, D): each token, seen with the image.
         """
         caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
         states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
@@ -526,24 +547,27 @@ class CoCa(nn.Module):
     def embed_and_caption(self, images, tokens):
         """What Eq. (4) needs of one pass -> image embedding (B, E), text embedding (B, E), Eq. (3).
 
-        The softmax is taken where a token follows and not at pads: the same loss as captioning_loss(forward's
-        logits), in 2 % less time a step at a vocabulary of 1,024, and 40 % less at 64,000.
+        captioning_loss of forward's logits, but the softmax is taken only where a token follows: a
+        step is 1 % faster for it at a vocabulary of 1,024 words, and 1.6 times as fast at 64,000.
         """
         if not self.config.lambda_cap:  # a dual encoder has no use for the upper half
-            image_embedding, text_embedding = self.encode_image(images), self.encode_text(tokens)
-            return image_embedding, text_embedding, torch.zeros((), device=images.device)
+            cap = torch.zeros((), device=images.device)
+            return self.encode_image(images), self.encode_text(tokens), cap
         image_embedding, text_embedding, states = self.features(images, tokens)
         states, targets = with_target(states, tokens)                   # (T, D), (T,)
-        return image_embedding, text_embedding, next_token_loss(self.multimodal.head(states), targets)
+        cap = next_token_loss(self.multimodal.head(states), targets)
+        return image_embedding, text_embedding, cap
 
     def losses(self, images, tokens):
-        """Eq. (4): lambda_con L_con + lambda_cap L_cap -> Losses. This is what train.py minimises."""
+        """Eq. (4): lambda_con L_con + lambda_cap L_cap -> Losses. It is what train.py minimises."""
+        c = self.config
         image_embedding, text_embedding, cap = self.embed_and_caption(images, tokens)
-        con = contrastive_loss(image_embedding, text_embedding, self.temperature, number_captions(tokens))
-        return Losses(self.config.lambda_con * con + self.config.lambda_cap * cap, con, cap)
+        ids = number_captions(tokens)                                   # (B,)
+        con = contrastive_loss(image_embedding, text_embedding, self.temperature, ids)
+        return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
 
     def recompute_activations(self):
-        """From now on blocks keep no activations for backward but compute them again there: less memory, same gradients."""
+        """Blocks keep no activations but compute them again in backward: same gradients."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
@@ -552,14 +576,16 @@ class CoCa(nn.Module):
     def generate(self, images, max_len=None, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         """Captions of images (B, 3, S, S) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
-        temperature 0 is greedy; else sample from softmax(logits / temperature), among the top_k likeliest
-        tokens only (0 = all) and the fewest that hold a share top_p of the probability. ValueError if senseless.
+        temperature 0 is greedy; else sample from softmax(logits / temperature), among the top_k
+        likeliest tokens only (0 = all) and the fewest that hold a share top_p of the probability.
         """
         max_len = self.config.text_len if max_len is None else min(max_len, self.config.text_len)
         if max_len < 1:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature {temperature} and top_k {top_k} must be at least 0, top_p {top_p} within (0, 1]")
+        if temperature < 0 or top_k < 0:
+            raise ValueError(f"temperature {temperature} and top_k {top_k} must be at least 0")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
         caption_tokens, _ = self.pool_image(images)                     # (B, Q, D)
         tokens = torch.full((len(images), max_len), PAD, device=images.device)
         tokens[:, 0] = BEGIN
@@ -578,7 +604,7 @@ class CoCa(nn.Module):
 
 
 def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, V) -> next tokens (B,): greedy at temperature 0, else top-k and nucleus (top-p) sampling."""
+    """logits (B, V) -> next tokens (B,): greedy at temperature 0, else top-k, nucleus sampling."""
     if not temperature:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)    # the likeliest first
@@ -594,11 +620,11 @@ def choose(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 class Classifier(nn.Module):
-    """A *new* one-query pooler and a linear layer, on the tokens of an encoder or decoder (Sec. 3.3, 4.2).
+    """A *new* one-query pooler and a linear layer, on tokens of encoder or decoder (Sec. 3.3, 4.2).
 
-    Frozen, finetuned and video evaluation read the encoder's tokens: the pretrained poolers are used nowhere.
-    pooled=False: a linear probe, on the mean token. frames: learn a temporal embedding, which the paper's late
-    fusion does without.
+    Frozen, finetuned and video evaluation read the encoder's tokens and use no pretrained pooler.
+    pooled=False: a linear probe, on the mean token. frames: learn a temporal embedding, which the
+    paper's late fusion does without.
     """
 
     def __init__(self, width, heads, classes, pooled=True, frames=0):
@@ -608,10 +634,10 @@ class Classifier(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens, valid=None):
-        """tokens (B, P, D), or of clips (B, frames, P, D); valid (B, P) True = no pad -> logits (B, classes)."""
+        """tokens (B, P, D), or of clips (B, frames, P, D); valid (B, P) True = no pad -> logits."""
         if self.time is not None:
             tokens = tokens + self.time
-        tokens = tokens.flatten(1, -2)                                  # (B, frames * P, D): one query reads all
+        tokens = tokens.flatten(1, -2)                                  # (B, frames * P, D)
         if self.pooler is None:
             pooled = tokens.mean(1)                                     # (B, D)
         else:
@@ -622,74 +648,79 @@ class Classifier(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # python coca.py: a tour of Figure 2
 
-COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
 
-
-def draw_pictures():
-    """Eight pictures (8, 3, 32, 32): a square or a bar of each colour on black; their captions differ in length."""
-    images, captions = torch.full((8, 3, 32, 32), -1.0), []
-    for i, (colour, rgb) in enumerate(COLOURS.items()):
-        rgb = torch.tensor(rgb, dtype=torch.float)[:, None, None]
-        images[2 * i, :, 8:24, 8:24] = rgb
-        images[2 * i + 1, :, 12:20] = rgb
-        captions += [f"a {colour} square", f"a wide {colour} bar"]
-    return images, captions
+def count_parameters(*parts):
+    """Millions of parameters of some modules; None counts as nothing."""
+    total = 0
+    for part in parts:
+        if part is not None:
+            total += sum(p.numel() for p in part.parameters())
+    return total / 1e6
 
 
 def tour():
-    images, captions = draw_pictures()
-    words = ["<pad>", "<begin>", "<end>", "<unk>", *sorted({word for text in captions for word in text.split()})]
-    tokens = torch.zeros(8, 6, dtype=torch.long)
-    for row, text in zip(tokens, captions):
+    colours = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
+    images = torch.full((8, 3, 32, 32), -1.0)
+    captions = []
+    for i, (colour, rgb) in enumerate(colours.items()):  # a square and a bar of each, on black
+        images[2 * i, :, 8:24, 8:24] = torch.tensor(rgb)[:, None, None]
+        images[2 * i + 1, :, 12:20] = torch.tensor(rgb)[:, None, None]
+        captions += [f"a {colour} square", f"a wide {colour} bar"]
+    words = ["<pad>", "<begin>", "<end>", "<unk>", *sorted(set(" ".join(captions).split()))]
+    tokens = torch.full((8, 6), PAD)
+    for i, text in enumerate(captions):
         ids = [BEGIN, *(words.index(word) for word in text.split()), END]
-        row[:len(ids)] = torch.tensor(ids)
+        tokens[i, :len(ids)] = torch.tensor(ids)
     torch.manual_seed(0)
     model = CoCa(CoCaConfig(vocab_size=len(words)))
 
-    def show(section, what, tensor):
-        print(f"  {section:10} {what:58} {str(tuple(tensor.shape)):>17}")
-
-    print(f"Eight pictures with captions, such as {captions[0]!r} and {captions[1]!r}, go through an untrained model:\n")
-    show("", "images (B, 3, S, S)", images)
     image_tokens = model.encoder(images)
-    show("Sec. 3.2", "ImageEncoder: image tokens, one a patch (B, P, D)", image_tokens)
     caption_tokens = model.generative_pooler(image_tokens)
-    show("Sec. 3.2", "generative AttentionalPooler: for the decoder (B, Q, D)", caption_tokens)
-    show("Sec. 3.2", "contrastive AttentionalPooler, on top of it (B, 1, D)", model.contrastive_pooler(caption_tokens))
-    show("", "captions as tokens (B, L)", tokens)
+    pooled = model.contrastive_pooler(caption_tokens)
     states, cls = model.unimodal(tokens)
-    show("Sec. 3.2", "UnimodalDecoder: states of the tokens (B, L, D)", states)
-    show("Sec. 3.2", "UnimodalDecoder: [CLS], the text embedding (B, D)", cls)
-    show("Sec. 3.2", "MultimodalDecoder: logits of the next word (B, L, V)", model(images, tokens).logits)
+    seen = model.multimodal(states, caption_tokens)
+    print(f"Eight pictures, with captions like {captions[0]!r} and {captions[1]!r}, go through an "
+          "untrained model (Sec. 3.2, Figure 2):\n")
+    for what, flows in (
+        ("images (B, 3, S, S)", images),
+        ("ImageEncoder: image tokens, one a patch (B, P, D)", image_tokens),
+        ("AttentionalPooler, generative: for the decoder (B, Q, D)", caption_tokens),
+        ("AttentionalPooler, contrastive, on top (B, 1, D)", pooled),
+        ("captions as tokens (B, L)", tokens),
+        ("UnimodalDecoder: states of the tokens (B, L, D)", states),
+        ("UnimodalDecoder: [CLS], the text embedding (B, D)", cls),
+        ("MultimodalDecoder: states that saw the image (B, L, D)", seen),
+        ("its head: logits of the next token (B, L, V)", model.multimodal.head(seen)),
+    ):
+        print(f"  {what:58}{str(tuple(flows.shape)):>17}")
 
-    print(f"\nWho looks at whom while {captions[0]!r} is read: real attention weights of the first unimodal layer")
-    length, block = (tokens != PAD).sum(1), model.unimodal.blocks[0]
+    print(f"\nWho looks at whom in {captions[0]!r} (attention weights of the first layer):")
+    length = (tokens != PAD).sum(1)
+    block = model.unimodal.blocks[0]
     x = block.self_norm(model.unimodal.insert_cls(model.unimodal.embed(tokens), length))
-    weights = block.self_attention(x, causal=True, return_weights=True)[1][0].mean(0)  # (L + 1, L + 1)
+    _, weights = block.self_attention(x, causal=True, return_weights=True)
     names = ["<begin>", *captions[0].split(), "<end>", "[CLS]", "<pad>"]
-    print(" " * 10 + "".join(f"{name:>9}" for name in names))
-    for name, row in zip(names, weights.tolist()):
-        print(f"  {name:8}" + "".join(f"{weight:9.2f}" if weight else f"{'.':>9}" for weight in row))
+    print(f"{'':10}" + "".join(f"{name:>9}" for name in names))
+    for name, row in zip(names, weights[0].mean(0).tolist()):
+        shown = "".join(f"{weight:9.2f}" if weight else "        ." for weight in row)
+        print(f"  {name:8}{shown}")
 
     loss = model.losses(images, tokens)
-    print(f"\nLosses before training, beside those of pure guessing:\n"
-          f"  Eq. (2), contrastive  {loss.con.item():5.2f}     2 ln N = {2 * math.log(8):.2f} for N = 8 pairs\n"
-          f"  Eq. (3), captioning   {loss.cap.item():5.2f}       ln V = {math.log(len(words)):.2f} for V = {len(words)} words\n"
-          f"  Eq. (4), both         {loss.total.item():5.2f}     1 x Eq. (2) + 2 x Eq. (3)")
+    V = len(words)
+    print("\nLosses before training, beside those of pure guessing (logits start with a spread of 1,")
+    print("which adds 1/2 to the captioning loss, and similarities with a spread of their own):")
+    print(f"  Eq. (2), contrastive {loss.con:5.2f}   2 ln N = {2 * math.log(8):.2f} for 8 pairs")
+    print(f"  Eq. (3), captioning  {loss.cap:5.2f}     ln V = {math.log(V):.2f} for {V} words")
+    print(f"  Eq. (4), both        {loss.total:5.2f}   1 x Eq. (2) + 2 x Eq. (3)")
 
-    print("\nParameters in millions (in brackets Table 1, which seems to leave the poolers out):")
+    print("\nParameters in millions (in brackets: Table 1, which seems to leave the poolers out):")
     for name in ("tiny", "base", "large", "giant"):
         with torch.device("meta"):  # shapes only, no memory
             model = CoCa(CONFIGS[name])
-        encoder, decoder = (f" ({millions})" for millions in TABLE_1.get(name, ("-", "-")))
-        print(f"  {name:6} encoder {count_parameters(model.encoder):7.1f}{encoder:7} "
-              f"poolers {count_parameters(model.generative_pooler, model.contrastive_pooler):5.1f} "
-              f"  decoder {count_parameters(model.unimodal, model.multimodal):7.1f}{decoder}")
-
-
-def count_parameters(*parts):
-    """Millions of parameters in some modules; None counts as nothing."""
-    return sum(p.numel() for part in parts if part is not None for p in part.parameters()) / 1e6
+        encoder, decoder = TABLE_1.get(name, ("-", "-"))
+        print(f"  {name:6} encoder {count_parameters(model.encoder):6.1f} ({encoder}), poolers",
+              f"{count_parameters(model.generative_pooler, model.contrastive_pooler):4.1f}, decoder",
+              f"{count_parameters(model.unimodal, model.multimodal):6.1f} ({decoder})")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
-    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/*.jpg, ... (or 2014)
-    load("captions", "DIR")       DIR/captions.txt or one .csv with columns image,caption; images in DIR/Images or DIR
+    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ... (or 2014)
+    load("captions", "DIR")       DIR/captions.txt or a .csv: image,caption; images in DIR/Images or DIR
 
-    python data.py dedup --data cifar10 --data-dir DIR     near-copies of evaluation images among the training images
+    python data.py dedup --data cifar10 --data-dir DIR     near-copies of evaluation images in training
 
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
@@ -40,7 +40,7 @@ from coca import BEGIN, END, PAD, UNKNOWN
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
+    """Something that the user can put right: one line that says what, where, and what to do."""
 
 
 def note(text):
@@ -53,15 +53,15 @@ def pillow():
         from PIL import Image
         return Image
     except ImportError:
-        raise UserError("reading and writing pictures needs Pillow; run: pip install pillow") from None
+        raise UserError("pictures need Pillow; run: pip install pillow") from None
 
 
 def new_file(path):
-    """For argparse: the path, if a file can be made there. Told before the work, and nothing is written over."""
+    """For argparse: the path, if a new file can be made there. It is told before the work."""
     if os.path.exists(path):
         raise argparse.ArgumentTypeError(f"{path} is there already; delete it or give another name")
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise argparse.ArgumentTypeError(f"the folder of {path} is not there; make it or give another name")
+        raise argparse.ArgumentTypeError(f"the folder of {path} is not there; make it first")
     return path
 
 
@@ -71,13 +71,13 @@ def new_file(path):
 
 @dataclass
 class Dataset:
-    """Images with their texts. Indexed by image: a caption never leaves its image, whatever the split."""
+    """Images with their texts. A caption never leaves its image, whatever the split."""
 
     images: np.ndarray  # (N, 3, S, S) uint8, in memory or memory-mapped
     captions: list  # N lists of texts; one is drawn per epoch, all are used in evaluation
     labels: np.ndarray = None  # (N,) class of each image, where there are classes
     classes: list = field(default_factory=list)  # their names
-    templates: list = field(default_factory=list)  # prompts that turn a name into a text, "a photo of a {}."
+    templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
     augment: bool = False  # crop and flip in training
 
     def __len__(self):
@@ -94,20 +94,24 @@ def select(data, rows):
 NAMES = ["shapes", "cifar10", "cifar100", "coco", "captions"]
 
 
-def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False, val_from_train=0):
+def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False,
+         val_from_train=0):
     """-> Dataset of images of size x size pixels.
 
-    split: "train" or "val"; where there are classes also "zeroshot" and, to learn them, "labelled" and
-    "labelled-val". subset: that many training images, the same every time, 0 = all. seed: of generated scenes.
-    val_from_train: keep that many training images apart and let them stand for the evaluation images.
+    split: "train" or "val"; where there are classes also "zeroshot" and, to learn them, "labelled"
+    and "labelled-val". subset: that many training images, the same every time, 0 = all.
+    seed: of generated scenes. val_from_train: keep that many training images apart, and let them
+    stand for the evaluation images.
     """
     if val_from_train and (split in ("train", "val") or name != "shapes"):
         data = load(name, data_dir, "train", size, subset, seed, download)
         if val_from_train >= len(data):
-            raise UserError(f"--val-from-train {val_from_train}, but there are {len(data)} training images; ask for fewer")
+            raise UserError(f"--val-from-train {val_from_train}, but there are {len(data)} images; "
+                            "ask for fewer")
         order = np.random.default_rng(1).permutation(len(data))
-        learned = split in ("train", "labelled")
-        return select(data, np.sort(order[val_from_train:] if learned else order[:val_from_train]))
+        apart = order[:val_from_train]
+        others = order[val_from_train:]
+        return select(data, np.sort(others if split in ("train", "labelled") else apart))
     if name == "shapes":
         return shapes(split, size, subset, seed)
     if not data_dir:
@@ -116,29 +120,32 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     if split != "train":
         subset = 0
     if name in CIFAR:
-        data = cifar(name, data_dir, "train" if split in ("train", "labelled") else "val", size, download)
+        file_split = "train" if split in ("train", "labelled") else "val"
+        data = cifar(name, data_dir, file_split, size, download)
         return select(data, take(np.arange(len(data)), subset, data_dir)) if subset else data
     if download:
         raise UserError(f"--download fetches CIFAR only; get {name} yourself (README, Data)")
     if not os.path.isdir(data_dir):
-        raise UserError(f"{data_dir}: no such folder; give the one that holds your {name} data as --data-dir")
+        raise UserError(f"{data_dir}: no such folder; --data-dir must hold your {name} data")
     if name == "coco":
         return coco(data_dir, split, size, subset)
     return captions(data_dir, split, size, subset)
 
 
 def take(items, subset, source):
-    """The same `subset` of the items every time (0 = all), in order. UserError if there are fewer."""
+    """The same `subset` of the items every time (0 = all), in order."""
     if subset > len(items):
-        raise UserError(f"{source}: --subset {subset} asked for, but there are {len(items)}; ask for fewer")
+        raise UserError(f"{source}: --subset {subset}, but there are {len(items)}; ask for fewer")
     if not len(items):
         raise UserError(f"{source}: no images with captions; check the file")
     order = np.random.default_rng(0).permutation(len(items))
     return [items[i] for i in np.sort(order[:subset or None])]
 
 
-MARKS = "".join(chr(i) for i in range(0x300, 0xFE30) if unicodedata.category(chr(i)).startswith("M"))  # accents, vowel signs
-WORD = re.compile(rf"\d+(?:[.,]\d+)+|['’]?[\w{MARKS}]+|[^\w\s]")  # 3.5 is one word, "man's" two: man 's
+CHARACTERS = map(chr, range(0x300, 0xFE30))
+MARKS = "".join(c for c in CHARACTERS if unicodedata.category(c).startswith("M"))
+# Numbers like 3.5; words with their accents and vowel signs, "man's" as man 's; punctuation
+WORD = re.compile(rf"\d+(?:[.,]\d+)+|['’]?[\w{MARKS}]+|[^\w\s]")
 
 
 def words(text):
@@ -147,7 +154,7 @@ def words(text):
 
 
 class Tokenizer:
-    """Numbers for words, learned from captions. (The paper: SentencePiece, a vocabulary of 64,000.)"""
+    """Numbers for words, learned from captions. (The paper: SentencePiece, 64,000 pieces.)"""
 
     def __init__(self, words):
         self.words = list(words)
@@ -196,17 +203,23 @@ def to_model(images):
 
 
 class Batches:
-    """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L). Nothing to replay on resume.
+    """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L).
 
-    Every epoch has its own order and its own caption of each image; the last, short batch is dropped.
-    own: which rows of each batch, where processes share it. Bytes go to the device, and are cropped and scaled there.
+    Every epoch has its own order and its own caption of each image; the last, short batch is
+    dropped. A batch depends on its number alone: nothing to replay on resume.
+    own: which rows of each batch, where processes share it.
     """
 
-    def __init__(self, data, tokenizer, text_len, batch_size, seed=0, own=slice(None), device="cpu"):
+    def __init__(self, data, tokenizer, text_len, batch_size, seed=0, own=slice(None),
+                 device="cpu"):
         if batch_size > len(data):
-            raise UserError(f"--batch-size {batch_size} is more than the {len(data)} training images; give a smaller one")
-        self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.own, self.device = own, device
+            raise UserError(f"--batch-size {batch_size} is more than the {len(data)} training "
+                            "images; give a smaller one")
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.own = own
+        self.device = device
         self.per_epoch = len(data) // batch_size
         rows = {}  # text -> its row in self.tokens
         self.choices = []  # for each image the rows of its captions
@@ -225,53 +238,63 @@ class Batches:
             self.epoch = epoch
             rng = np.random.default_rng([self.seed, 0, epoch])
             self.order = rng.permutation(len(self.data))
-            self.draw = rng.random(self.per_epoch)  # one a batch: with prompts, equal classes get equal texts
+            self.draw = rng.random(self.per_epoch)  # one a batch: equal classes get equal prompts
         rows = self.order[batch * self.batch_size:][:self.batch_size][self.own]
         drawn = [self.choices[i][int(self.draw[batch] * len(self.choices[i]))] for i in rows]
         tokens = self.tokens[drawn]                                     # (B, L)
-        tokens = tokens[:, :(tokens != PAD).sum(1).max()]               # (B, L) no longer than the longest
-        images = torch.from_numpy(self.data.images[rows]).to(self.device)  # (B, 3, S, S) uint8
+        longest = (tokens != PAD).sum(1).max()
+        images = self.data.images[rows]                                 # (B, 3, S, S) uint8
         if self.data.augment:
             rng = np.random.default_rng([self.seed, 1, step])
             border = images.shape[-1] // 8
-            shift = torch.from_numpy(rng.integers(0, 2 * border + 1, (2, self.batch_size)))[:, self.own]
-            flip = torch.from_numpy(rng.random(self.batch_size) < 0.5)[self.own]
-            flip &= ~torch.isin(tokens, self.sides).any(1)  # a mirrored picture would make "left" a lie
-            images = crop_and_flip(images, border, shift, flip)
-        return to_model(images), tokens.to(self.device)
+            corner = rng.integers(0, 2 * border + 1, (self.batch_size, 2))[self.own]
+            flip = (rng.random(self.batch_size) < 0.5)[self.own]
+            flip &= ~torch.isin(tokens, self.sides).any(1).numpy()  # "left" must stay true
+            images = crop_and_flip(images, border, corner, flip)
+        images = torch.from_numpy(images).to(self.device)
+        return to_model(images), tokens[:, :longest].to(self.device)
 
 
-def crop_and_flip(images, border, shift, flip):
-    """Pads images (B, 3, S, S) with a grey border, crops each at shift (2, B) rows and columns, mirrors where flip (B,)."""
-    B, _, S, _ = images.shape
-    pixels = torch.arange(S).expand(B, S)
-    rows = pixels + shift[0, :, None]                                   # (B, S) of the padded image
-    columns = torch.where(flip[:, None], pixels.flip(1), pixels) + shift[1, :, None]  # (B, S)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    image = torch.arange(B, device=images.device)[:, None, None]
-    padded = F.pad(images, (border, border, border, border), value=128)
-    return padded[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)  # (B, 3, S, S)
+def crop_and_flip(images, border, corner, flip):
+    """images (B, 3, S, S) and a grey border, cropped at corner (B, 2), mirrored where flip (B,)."""
+    S = images.shape[-1]
+    sides = (border, border)
+    padded = np.pad(images, ((0, 0), (0, 0), sides, sides), constant_values=128)
+    changed = np.empty_like(images)
+    for i, (top, left) in enumerate(corner):
+        crop = padded[i, :, top:top + S, left:left + S]
+        changed[i] = crop[..., ::-1] if flip[i] else crop
+    return changed
 
 
 # ------------------------------------------------------------------------------------------------
 # shapes: generated scenes
 
-COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250), "yellow": (240, 220, 50),
-           "purple": (170, 60, 220), "white": (245, 245, 245), "orange": (245, 140, 30), "cyan": (60, 215, 230)}
-SHAPES = {  # inside where the value is below the radius r; x to the right, y downwards, from the centre
+COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250),
+           "yellow": (240, 220, 50), "purple": (170, 60, 220), "white": (245, 245, 245),
+           "orange": (245, 140, 30), "cyan": (60, 215, 230)}
+
+
+def cross(x, y, r):
+    upright = np.maximum(3 * abs(x), abs(y))
+    lying = np.maximum(abs(x), 3 * abs(y))
+    return np.minimum(upright, lying)
+
+
+SHAPES = {  # below the radius r = inside; x to the right, y downwards, from the centre
     "circle": lambda x, y, r: np.hypot(x, y),
     "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
     "triangle": lambda x, y, r: np.maximum(1.2 * y, 1.2 * abs(x) - 0.65 * y + 0.25 * r),
     "bar": lambda x, y, r: np.maximum(abs(x), 2.5 * abs(y)),
-    "cross": lambda x, y, r: np.minimum(np.maximum(abs(x), 3 * abs(y)), np.maximum(3 * abs(x), abs(y))),
+    "cross": cross,
     "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
 }
 RADII = {"small": 0.15, "large": 0.22}  # in image sides
 CORNERS = ["top left", "top right", "bottom left", "bottom right"]
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-HELD_OUT = list(zip(COLOURS, SHAPES))  # six pairs that never occur in training: each shape lacks one colour
+HELD_OUT = list(zip(COLOURS, SHAPES))  # never in training: each shape lacks one colour
 SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
-SPLITS = ["train", "val", "zeroshot", "labelled", "labelled-val"]  # the last two: one thing of any pair, to classify
+SPLITS = ["train", "val", "zeroshot", "labelled", "labelled-val"]  # the last two: to classify
 
 
 class Thing(NamedTuple):
@@ -300,7 +323,7 @@ def place(rng, corners, pairs=PAIRS):
 
 
 def scene(seed, split, index):
-    """Things of scene (seed, split, index) and the generator that made them: one or two, in different corners."""
+    """One or two things in different corners, and the random generator that made them."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     if split in ("train", "val"):
         count = rng.integers(1, 3)
@@ -310,13 +333,14 @@ def scene(seed, split, index):
 
 
 def draw(things, rng, size):
-    """Picture of a scene, (3, size, size) uint8: things on a dark background of random hue, with noise."""
+    """Picture of a scene, (3, size, size) uint8: dark background of random hue, things, noise."""
     centres = (np.arange(size) + 0.5) / size
     image = np.broadcast_to(rng.uniform(0, 60, (3, 1, 1)), (3, size, size))
     for thing in things:
         r = RADII[thing.size]
-        distance = SHAPES[thing.shape](centres - thing.x, centres[:, None] - thing.y, r)  # (size, size)
-        cover = np.clip((r - distance) * size + 0.5, 0, 1)  # soft edges: the share of the pixel that is covered
+        x, y = centres - thing.x, centres[:, None] - thing.y
+        inside = r - SHAPES[thing.shape](x, y, r)                       # (size, size)
+        cover = np.clip(inside * size + 0.5, 0, 1)  # soft edges: the share of a pixel
         colour = np.array(COLOURS[thing.colour])[:, None, None]
         image = image + cover * (colour - image)
     return (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
@@ -324,12 +348,16 @@ def draw(things, rng, size):
 
 def describe(things):
     """All captions of a scene: its things in any order, each with its place."""
-    return [" and ".join(f"{thing} at the {thing.corner()}" for thing in order) for order in permutations(things)]
+    phrases = [f"{thing} at the {thing.corner()}" for thing in things]
+    return [" and ".join(order) for order in permutations(phrases)]
 
 
 def shapes(split, size, subset, seed):
-    counts = {"train": subset or 20_000, "val": 500, "zeroshot": 600, "labelled": 3000, "labelled-val": 1000}
-    images, captions, labels = [], [], []
+    counts = {"train": subset or 20_000, "val": 500, "zeroshot": 600,
+              "labelled": 3000, "labelled-val": 1000}
+    images = []
+    captions = []
+    labels = []
     for i in tqdm(range(counts[split]), f"drawing {split} scenes", leave=False):
         things, rng = scene(seed, split, i)
         images.append(draw(things, rng, size))
@@ -338,7 +366,7 @@ def shapes(split, size, subset, seed):
     data = Dataset(np.stack(images), captions)
     if split not in ("train", "val"):
         data.labels = np.array(labels)
-        data.classes = [f"{colour} {shape}" for colour, shape in PAIRS]  # all pairs, not the held-out only
+        data.classes = [f"{colour} {shape}" for colour, shape in PAIRS]  # not the held-out only
         data.templates = [f"a {size} {{}} at the {corner}" for size in RADII for corner in CORNERS]
     return data
 
@@ -346,18 +374,22 @@ def shapes(split, size, subset, seed):
 # ------------------------------------------------------------------------------------------------
 # cifar10, cifar100
 
-TEMPLATES = [  # labels become text by prompts, as JFT's do in the paper (Sec. 4.1); these CLIP uses for CIFAR
-    "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a bad photo of a {}.",
-    "a good photo of a {}.", "a photo of a small {}.", "a photo of a big {}.", "a photo of the {}."]
+TEMPLATES = [  # labels become text by prompts, as JFT's do (Sec. 4.1); CLIP uses these for CIFAR
+    "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.",
+    "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
+    "a photo of a big {}.", "a photo of the {}."]
 CIFAR = {
     "cifar10": dict(
-        folder="cifar-10-batches-py", train=[f"data_batch_{i}" for i in range(1, 6)], val=["test_batch"],
+        folder="cifar-10-batches-py", val=["test_batch"],
+        train=["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"],
         meta="batches.meta", names="label_names", labels="labels",
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", md5="c58f30108f718f92721af3b95e74349a"),
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a"),
     "cifar100": dict(
         folder="cifar-100-python", train=["train"], val=["test"],
         meta="meta", names="fine_label_names", labels="fine_labels",
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", md5="eb9058c3a382ffc7106e4002c42a8d85"),
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85"),
 }
 
 
@@ -365,59 +397,65 @@ class PlainUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays and plain containers, and nothing that could run code."""
 
     allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-               ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+               ("numpy.core.multiarray", "_reconstruct"),
+               ("numpy._core.multiarray", "_reconstruct")}
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
-            raise UserError(f"it wants to run {f'{module}.{name}'!r}, which no CIFAR file does: delete it")
+            raise UserError(f"it wants to run {module}.{name}, which no CIFAR file does: delete it")
         return super().find_class(module, name)
 
 
 def read_pickle(path):
+    again = "delete it and run again with --download"
     try:
         with open(path, "rb") as f:
             content = PlainUnpickler(f, encoding="latin1").load()
     except UserError as e:
-        raise UserError(f"{path}: refused, {e}") from None
+        raise UserError(f"{path}: refused, {e!s:.200}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; get it with --download") from None
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: truncated or corrupt ({type(e).__name__}); delete it and run again with --download") from None
+        raise UserError(f"{path}: truncated or corrupt ({type(e).__name__}); {again}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a CIFAR file (a {type(content).__name__}); delete it and run again with --download")
+        raise UserError(f"{path}: not a CIFAR file (a {type(content).__name__}); {again}")
     return content
 
 
 def read_cifar_batch(path, labels_key, classes):
     """-> images (n, 3, 32, 32) uint8, labels (n,)."""
     batch = read_pickle(path)
-    images, labels = batch.get("data"), batch.get(labels_key)
-    corrupt = UserError(f"{path}: truncated or corrupt (no {labels_key!r} and 3072 bytes for each image); get it again")
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        raise corrupt
-    if not isinstance(labels, (list, np.ndarray)) or images.shape != (len(labels), 3072) or not len(labels):
-        raise corrupt
-    if not all(isinstance(label, (int, np.integer)) for label in labels):
-        raise corrupt
-    labels = np.array(labels, np.int64)
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f"{path}: labels {labels.min()} to {labels.max()} but {len(classes)} class names; get it again")
-    return images.reshape(-1, 3, 32, 32), labels
+    try:
+        images = batch["data"]
+        labels = [label.__index__() for label in batch[labels_key]]
+        whole = images.dtype == np.uint8 and images.shape == (len(labels), 3072) and len(labels)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: truncated or corrupt (no {labels_key!r} and 3072 bytes for each "
+                        "image); get it again")
+    if min(labels) < 0 or max(labels) >= len(classes):
+        raise UserError(f"{path}: labels {min(labels)} to {max(labels)} but {len(classes)} class "
+                        "names; get it again")
+    return images.reshape(-1, 3, 32, 32), np.array(labels)
 
 
 def cifar(name, data_dir, split, size, download):
     kind = CIFAR[name]
     if download:
         fetch(kind["url"], kind["md5"], data_dir)
-    root = data_dir / kind["folder"] if os.path.isdir(data_dir / kind["folder"]) else data_dir  # DIR may be either
+    root = data_dir / kind["folder"]
+    if not os.path.isdir(root):  # DIR may be the folder itself
+        root = data_dir
     found = [root / file for file in kind[split] if os.path.isfile(root / file)]
     if not found:
         wanted = data_dir / kind["folder"] / kind[split][0]
-        raise UserError(f"{wanted}: no such file; give the folder that holds it as --data-dir, or add --download")
+        raise UserError(f"{wanted}: no such file; give its folder as --data-dir, or add --download")
     if len(found) < len(kind[split]):
-        note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; using those")
+        note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; "
+             "using those")
     classes = read_pickle(root / kind["meta"]).get(kind["names"])
-    if not isinstance(classes, list) or not classes or not all(isinstance(text, str) for text in classes):
+    if not classes or not isinstance(classes, list) or {*map(type, classes)} != {str}:
         raise UserError(f"{root / kind['meta']}: no class names in it; get it again")
     batches = [read_cifar_batch(path, kind["labels"], classes) for path in found]
     images = np.concatenate([images for images, _ in batches])
@@ -437,13 +475,13 @@ def resize(images, size):
     resized = np.empty((len(images), 3, size, size), np.uint8)
     for i in range(0, len(images), 1000):
         part = np.ascontiguousarray(images[i:i + 1000, :, top:top + side, left:left + side])
-        part = F.interpolate(torch.from_numpy(part), size=(size, size), mode="bilinear", antialias=True)
-        resized[i:i + 1000] = part.numpy()
+        part = torch.from_numpy(part)
+        resized[i:i + 1000] = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
     return resized
 
 
 def fetch(url, md5, folder):
-    """Downloads an archive over https, checks its md5 and unpacks it in folder. One that is there already is kept."""
+    """Downloads an archive, if it is not there, checks its md5 and unpacks it in the folder."""
     archive = folder / url.rsplit("/", 1)[1]
     part = archive.with_suffix(".part")
     try:
@@ -451,7 +489,7 @@ def fetch(url, md5, folder):
         if not archive.exists():
             with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as f:
                 total = int(reply.headers.get("Content-Length", 0))
-                with tqdm.wrapattr(reply, "read", total=total, desc=f"downloading {archive.name}") as source:
+                with tqdm.wrapattr(reply, "read", total=total, desc=archive.name) as source:
                     shutil.copyfileobj(source, f)
             if part.stat().st_size < total:  # read() returns b"" then, without an error
                 raise OSError("the connection ended early")
@@ -461,14 +499,14 @@ def fetch(url, md5, folder):
         raise UserError(f"{url}: download failed ({e}); run the same command again") from None
     with open(archive, "rb") as f:
         if hashlib.md5(f.read(), usedforsecurity=False).hexdigest() != md5:
-            raise UserError(f"{archive}: wrong md5, not {md5}; delete it and run again with --download")
+            raise UserError(f"{archive}: wrong md5, not {md5}; delete it and run again")
     if not hasattr(tarfile, "data_filter"):
-        raise UserError("this Python cannot unpack archives safely; update to 3.10.12, 3.11.4 or newer")
+        raise UserError("this Python cannot unpack safely; update to 3.10.12, 3.11.4 or newer")
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")  # no links, devices or paths that lead outside
     except (tarfile.TarError, OSError, EOFError) as e:
-        raise UserError(f"{archive}: could not be unpacked ({e}); delete it and run again with --download") from None
+        raise UserError(f"{archive}: could not be unpacked ({e}); delete it and run again") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -493,7 +531,7 @@ def to_rgb(image):
 
 
 def read_image(path, size):
-    """Image file -> (3, size, size) uint8: the square in the middle. UserError if it cannot be read."""
+    """Image file -> (3, size, size) uint8: the square in the middle."""
     Image = pillow()
     from PIL import ImageOps
     try:
@@ -509,10 +547,10 @@ def read_image(path, size):
 
 
 def cached_images(paths, size, name):
-    """Decodes image files once -> (M, 3, size, size) uint8 memory map, and the indices of the paths it holds.
+    """Decodes files once -> (M, 3, size, size) uint8 memory map, which of the paths it holds (M,).
 
-    It lies in ~/.cache/coca (or $COCA_CACHE) under a name made of the paths, dates and size: if any changes,
-    it is made anew. Unreadable files are named and left out.
+    It lies in ~/.cache/coca (or $COCA_CACHE) under a name made of the paths, dates and size: if any
+    changes, it is made anew. Unreadable files are named and left out.
     """
     facts = [size]
     for path in paths:
@@ -539,14 +577,15 @@ def cached_images(paths, size, name):
 
 
 def decode_to(file, paths, size, name):
-    """Writes the pixels of the images one after the other into a file -> the indices of those that could be read."""
+    """Writes the pixels of all images that can be read into a file -> their indices."""
     def decode(path):
         try:
             return read_image(path, size)
         except UserError as e:
             return e
 
-    temporary, kept = file.with_suffix(f".{os.getpid()}.tmp"), []
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    kept = []
     try:
         # Written, not mapped: a full disk is then an error, and not the end of the process
         with open(temporary, "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -570,8 +609,9 @@ def decode_to(file, paths, size, name):
 
 
 def captioned_images(texts, size, subset, name, source):
-    """texts: {path: [caption, ...]} -> Dataset. source: the file that named the paths, for messages."""
-    captions, empty = {}, 0
+    """texts: {path: [caption, ...]} -> Dataset. source: the file that named the paths."""
+    captions = {}
+    empty = 0
     for path, found in texts.items():
         real = [text for text in found if text.strip()]
         empty += len(found) - len(real)
@@ -582,15 +622,15 @@ def captioned_images(texts, size, subset, name, source):
     paths = take(sorted(captions), subset, source)
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise UserError(f"{source}: {len(missing)} of the {len(paths)} images it names are not there, "
-                        f"first {missing[0]}; get them or take them out of the file")
+        raise UserError(f"{source}: {len(missing)} of the {len(paths)} images it names are not "
+                        f"there, first {missing[0]}; get them or take them out of the file")
     images, kept = cached_images(paths, size, name)
     return Dataset(images, [captions[paths[i]] for i in kept], augment=True)
 
 
 def read_text(path, what):
     try:
-        return path.read_text(encoding="utf-8-sig")  # a spreadsheet's byte order mark is no part of a column name
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {what}") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -598,10 +638,13 @@ def read_text(path, what):
 
 
 def coco(data_dir, split, size, subset):
-    year = "2014" if os.path.isfile(data_dir / "annotations" / f"captions_{split}2014.json") else "2017"
-    annotations = data_dir / "annotations" / f"captions_{split}{year}.json"
-    text = read_text(annotations, "--data-dir must hold COCO's annotations/, train2017/ and val2017/ (or 2014)")
-    paths, texts = {}, {}
+    for year in ("2014", "2017"):
+        annotations = data_dir / "annotations" / f"captions_{split}{year}.json"
+        if annotations.exists():
+            break
+    text = read_text(annotations, "--data-dir must hold annotations/, train2017/ and val2017/")
+    paths = {}
+    texts = {}
     try:
         content = json.loads(text)
         for image in content["images"]:
@@ -611,19 +654,20 @@ def coco(data_dir, split, size, subset):
             texts.setdefault(path, []).append(annotation["caption"] or "")
             texts[path][-1].strip()  # a caption that is no text is an error here
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); unpack it again") from None
+        raise UserError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); "
+                        "unpack it again") from None
     return captioned_images(texts, size, subset, f"coco-{split}", annotations)
 
 
 def captions(data_dir, split, size, subset):
     tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
     table = next((path for path in tables if path.exists()), tables[0])
-    text = read_text(table, "--data-dir must hold captions.txt or a .csv with columns image,caption")
+    text = read_text(table, "--data-dir must hold captions.txt or a .csv: image,caption")
     rows = csv.DictReader(io.StringIO(text), strict=True)
     texts = {}  # name of the image -> its captions
     try:
         if not {"image", "caption"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{table}: the first line must name the columns image and caption, not {rows.fieldnames}")
+            raise UserError(f"{table}: the first line must be image,caption, not {rows.fieldnames}")
         for row in rows:
             if None in row or "\n" in (row["image"] or ""):
                 raise csv.Error("too many columns, or a name of two lines")
@@ -654,10 +698,13 @@ def held_out(names):
 def moving_shapes(split, size, count, seed=0, frames=16):
     """Generated clips of one thing that moves to the right or to the left within its corner.
 
-    -> two Datasets of the same images (count, frames, 3, size, size): labelled by colour and shape, which any
-    frame shows, and by direction, which no set of frames shows without their order.
+    -> two Datasets of the same images (count, frames, 3, size, size): labelled by colour and shape,
+    which any frame shows, and by direction, which no set of frames shows without their order.
     """
-    clips, texts, pair, direction = [], [], [], []
+    clips = []
+    texts = []
+    pair = []
+    direction = []
     for i in tqdm(range(count), "drawing clips", leave=False):
         (thing,), rng = scene(seed, split, i)
         to_the_right = rng.integers(2)
@@ -672,8 +719,13 @@ def moving_shapes(split, size, count, seed=0, frames=16):
 
 
 def sample_frames(count, frames):
-    """Indices of that many of `count` frames, uniformly from the first to the last; fewer are repeated."""
+    """Indices of that many of `count` frames, evenly from first to last; fewer are repeated."""
     return np.linspace(0, count - 1, frames).round().astype(int)
+
+
+def visible(folder):
+    """What is in a folder, but for hidden files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def by_number(path):
@@ -682,9 +734,9 @@ def by_number(path):
 
 
 def read_clip(path, size, frames):
-    """A folder of frames, or an array file .npy (count, height, width, 3) uint8 -> (frames, 3, size, size) uint8."""
+    """A folder of frames or a .npy of (count, height, width, 3) uint8 -> (frames, 3, size, size)."""
     if path.is_dir():
-        files = sorted((file for file in path.iterdir() if not file.name.startswith(".")), key=by_number)
+        files = sorted(visible(path), key=by_number)
         if not files:
             raise UserError(f"{path}: a clip without frames; put images into it or remove it")
         return np.stack([read_image(files[i], size) for i in sample_frames(len(files), frames)])
@@ -696,28 +748,30 @@ def read_clip(path, size, frames):
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
-        raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 (count, height, width, 3)")
+        raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 "
+                        "(count, height, width, 3)")
     return resize(clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2), size)
 
 
 def own_clips(data_dir, size, frames):
-    """A folder per class, clips in it -> training and evaluation Datasets, images (N, frames, 3, size, size)."""
+    """Clips in a folder per class -> training and evaluation Datasets, images (N, frames, ...)."""
     root = Path(data_dir)
-    folders = sorted(path for path in root.glob("*/") if not path.name.startswith("."))
-    paths, labels = [], []
+    folders = [path for path in visible(root) if path.is_dir()] if root.is_dir() else []
+    paths = []
+    labels = []
     for label, folder in enumerate(folders):
-        for path in sorted(folder.iterdir()):
-            if not path.name.startswith("."):
-                paths.append(path)
-                labels.append(label)
+        found = visible(folder)
+        paths += found
+        labels += [label] * len(found)
     if len(folders) < 2 or not paths:
         raise UserError(f"{data_dir}: {len(folders)} classes and {len(paths)} clips; "
                         "give a folder with a folder of clips for each class")
-    clips = np.stack([read_clip(path, size, frames) for path in tqdm(paths, "reading clips", leave=False)])
+    clips = [read_clip(path, size, frames) for path in tqdm(paths, "reading clips", leave=False)]
     names = [path.relative_to(root).as_posix() for path in paths]
     unseen = held_out(names)
     held = np.array([name in unseen for name in names])
-    data = Dataset(clips, [[]] * len(paths), np.array(labels), [folder.name for folder in folders])
+    classes = [folder.name for folder in folders]
+    data = Dataset(np.stack(clips), [[]] * len(paths), np.array(labels), classes)
     return select(data, np.flatnonzero(~held)), select(data, np.flatnonzero(held))
 
 
@@ -734,10 +788,11 @@ def colour_question(left, right, rng):
 
 
 def presence_question(left, right, rng):
-    """Asks for a colour that is there: half of the questions, with a shape that does not have it."""
+    """Asks for a colour that is there, in half of the questions with a shape that lacks it."""
     there = [(left.colour, left.shape), (right.colour, right.shape)]
+    pairs = [pair for pair in PAIRS if pair[0] in (left.colour, right.colour)]
     present = rng.integers(2)
-    pairs = [pair for pair in PAIRS if pair[0] in (left.colour, right.colour) and (pair in there) == present]
+    pairs = [pair for pair in pairs if (pair in there) == present]
     colour, shape = pairs[rng.integers(len(pairs))]
     return f"is there a {colour} {shape}", ANSWERS[present]
 
@@ -750,12 +805,14 @@ def count_question(left, right, rng):
 
 
 def questions(size, count, seed=0):
-    """Scenes of two things side by side, each with a question of one of three kinds in turn; the answer is the label.
+    """Scenes of two things side by side, with three kinds of questions in turn; labels: answers.
 
-    For each kind all answers are equally likely, and scenes are alike for all kinds: without the image nothing
-    beats chance, and without the question not even that can be reached.
+    For each kind all answers are equally likely, and scenes are alike for all kinds: without the
+    image nothing beats chance, and without the question not even that can be reached.
     """
-    images, texts, answers = [], [], []
+    images = []
+    texts = []
+    answers = []
     for i in tqdm(range(count), "drawing questions", leave=False):
         rng = np.random.default_rng([seed, len(SPLITS), i])
         left, right = place(rng, [0, 1] if rng.integers(2) else [2, 3])
@@ -771,13 +828,16 @@ def questions(size, count, seed=0):
 
 
 def entailment(size, count, seed=0):
-    """Scenes of two things with a caption that holds (label 1) or has one property of one thing wrong (label 0)."""
-    images, texts, labels = [], [], []
+    """Scenes of two things with a caption that holds (label 1) or has one property wrong (0)."""
+    images = []
+    texts = []
+    labels = []
     for i in tqdm(range(count), "drawing captions", leave=False):
         rng = np.random.default_rng([seed, len(SPLITS) + 1, i])
         things = place(rng, rng.permutation(4)[:2])
         true = describe(things)
-        text, holds = true[0], rng.integers(2)
+        text = true[0]
+        holds = rng.integers(2)
         while not holds and text in true:
             text = describe(spoil(things, rng))[0]
         images.append(draw(things, rng, size))
@@ -806,7 +866,7 @@ THRESHOLD = 0.955  # of the cosine of two thumbnails; python tests/bench.py dedu
 
 
 def thumbnails(images):
-    """images (N, 3, H, W) uint8 -> (N, 192) 8 x 8 pixels without mean and contrast: brightness and re-encoding change little."""
+    """images (N, 3, H, W) uint8 -> (N, 192): 8 x 8 pixels, brightness and contrast taken off."""
     parts = []
     for i in range(0, len(images), 2000):
         x = torch.from_numpy(np.ascontiguousarray(images[i:i + 2000])).float()
@@ -816,13 +876,14 @@ def thumbnails(images):
 
 
 def slight_crops(images, mirrored):
-    """The images themselves, then 13 crops of 95 and 90 % of their sides: a cropped copy is near one of them."""
+    """The images, then 13 crops of 95 and 90 % of their sides: cropped copies are near one."""
     S = images.shape[-1]
     for share, places in ((1, [0]), (0.95, [0, 1]), (0.9, [0, 0.5, 1])):
         side = round(share * S)
         for y in places:
             for x in places:
-                top, left = round(y * (S - side)), round(x * (S - side))
+                top = round(y * (S - side))
+                left = round(x * (S - side))
                 crop = images[:, :, top:top + side, left:left + side]
                 yield crop
                 if mirrored:
@@ -830,75 +891,76 @@ def slight_crops(images, mirrored):
 
 
 def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
-    """Which of the images (N, 3, S, S) are near-copies of evaluation images (M, 3, S', S')? All are compared with all.
+    """Which images (N, 3, S, S) are near-copies of evaluation images (M, 3, S', S')?
 
-    -> the evaluation image each is nearest to (N,), -1 = it is no copy; the cosine (N,), 0 = it is no copy;
-    which of the evaluation images have a copy (M,).
+    All are compared with all -> the evaluation image each is nearest to (N,), -1 = it is no copy;
+    the cosine (N,), 0 = it is no copy; which of the evaluation images have a copy (M,).
     """
     own = thumbnails(images)                                            # (N, 192)
     nearest = torch.full((len(images),), -1)
     similarity = torch.zeros(len(images))
     copied = torch.zeros(len(evaluation), dtype=torch.bool)
-    for crop in tqdm(slight_crops(evaluation, mirrored), "looking for duplicates", 14 * (1 + mirrored), leave=False):
+    crops = slight_crops(evaluation, mirrored)
+    for crop in tqdm(crops, "looking for duplicates", 14 * (1 + mirrored), leave=False):
         others = thumbnails(crop).T                                     # (192, M)
         for rows in torch.arange(len(images)).split(2000):
             cosine = own[rows] @ others                                 # (2000, M)
-            near = cosine.amax(1) > threshold  # few: only these are looked at closely
-            rows, cosine = rows[near], cosine[near]
-            copied |= (cosine > threshold).any(0)
-            best, where = cosine.max(1) if len(rows) else (cosine.new_zeros(0), rows)
-            nearer = best > similarity[rows]
-            nearest[rows[nearer]] = where[nearer]
-            similarity[rows[nearer]] = best[nearer]
+            for i in (cosine.amax(1) > threshold).nonzero()[:, 0]:  # few
+                copied |= cosine[i] > threshold
+                best, where = cosine[i].max(0)
+                if best > similarity[rows[i]]:
+                    nearest[rows[i]] = where
+                    similarity[rows[i]] = best
     return nearest.numpy(), similarity.numpy(), copied.numpy()
 
 
 def without_duplicates(data, evaluation, mirrored=False):
-    """data without the near-duplicates of the evaluation images; says how many. UserError if nothing is left."""
+    """data without the near-duplicates of the evaluation images; says how many."""
     nearest, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
     kept = np.flatnonzero(nearest < 0)
     note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, "
          f"near-duplicates of {copied.sum():,} of {len(evaluation):,} evaluation images")
     if not len(kept):
-        raise UserError("every training image is a near-duplicate of an evaluation image; give other data")
+        raise UserError("all training images are near-duplicates of evaluation images")
     return select(data, kept)
 
 
 def contact_sheet(left, right):
-    """Images (n, 3, S, S) and (n, 3, S, S) -> a Pillow image, pairs side by side, six pairs a row, three times as large."""
-    pairs = np.concatenate([left, right], 3)                            # (n, 3, S, 2 S)
-    pairs = np.pad(pairs, ((0, -len(pairs) % 6), (0, 0), (1, 1), (1, 1)))
-    n, _, H, W = pairs.shape
-    sheet = pairs.reshape(n // 6, 6, 3, H, W).transpose(0, 3, 1, 4, 2).reshape(n // 6 * H, 6 * W, 3)
-    return pillow().fromarray(sheet).resize((3 * 6 * W, 3 * (n // 6) * H))
+    """Images (n, 3, S, S), twice -> a Pillow image, a pair a line, three times as large."""
+    pairs = np.concatenate([left, right], 3).transpose(0, 2, 3, 1)      # (n, S, 2 S, 3)
+    sheet = pillow().fromarray(np.concatenate(list(pairs)))
+    return sheet.resize((3 * sheet.width, 3 * sheet.height))
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Near-duplicates of the evaluation images in the training images (Sec. 4.1)",
+    p = argparse.ArgumentParser(description="near-duplicates of evaluation images (Sec. 4.1)",
                                 usage="python data.py dedup --data NAME --data-dir DIR [options]")
     p.add_argument("command", choices=["dedup"])
     p.add_argument("--data", choices=NAMES, default="shapes")
     p.add_argument("--data-dir")
     p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
     p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
-    p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"least cosine of thumbnails (default: {THRESHOLD})")
-    p.add_argument("--show", metavar="FILE.png", type=new_file, help="write the 48 likest pairs there: training image, evaluation image")
+    p.add_argument("--threshold", type=float, default=THRESHOLD,
+                   help=f"least cosine of thumbnails (default: {THRESHOLD})")
+    p.add_argument("--show", metavar="FILE.png", type=new_file,
+                   help="draw the 24 nearest pairs there: training image, evaluation image")
     args = p.parse_args(argv)
     if args.size < 1:
         p.error(f"--size must be at least 1, not {args.size}")
     data = load(args.data, args.data_dir, "train", args.size)
     evaluation = load(args.data, args.data_dir, "val", args.size)
-    nearest, similarity, copied = near_duplicates(data.images, evaluation.images, args.threshold, args.mirrored)
+    nearest, similarity, copied = near_duplicates(data.images, evaluation.images, args.threshold,
+                                                  args.mirrored)
     print(f"{(nearest >= 0).sum():,} of {len(data):,} training images are near-duplicates "
           f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
-    likest = similarity.argsort(kind="stable")[::-1][:48]
-    likest = likest[nearest[likest] >= 0]
-    for i in likest[:10]:
+    top = similarity.argsort(kind="stable")[::-1][:24]
+    top = top[nearest[top] >= 0]
+    for i in top[:10]:
         print(f"{similarity[i]:.3f}  train {i}: {data.captions[i][0]}"
               f"  |  evaluation {nearest[i]}: {evaluation.captions[nearest[i]][0]}")
-    if args.show and len(likest):
+    if args.show and len(top):
         try:
-            contact_sheet(data.images[likest], evaluation.images[nearest[likest]]).save(args.show)
+            contact_sheet(data.images[top], evaluation.images[nearest[top]]).save(args.show)
         except (OSError, ValueError) as e:
             raise UserError(f"{args.show}: cannot be written ({e}); give another --show") from None
 

@@ -1,12 +1,12 @@
-"""Evaluate a CoCa checkpoint: without training anything on the task (Sec. 3.3 "Zero-shot transfer"), or with (Sec. 4.2).
+"""Evaluate a CoCa checkpoint: zero-shot (Sec. 3.3), or by training on the task (Sec. 3.3, 4.2).
 
-    python eval.py runs/shapes/checkpoint.pt                             zero-shot, on the data it was trained on
-    python eval.py runs/shapes/checkpoint.pt --all                       also what learns: frozen, finetuned, video, understanding
-    python eval.py runs/shapes/checkpoint.pt --task video --clips DIR    some tasks only; videos of your own
-    python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png         caption your own pictures
-    python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D   another task, never trained for
-    python eval.py runs/shapes/checkpoint.pt --json scores.json          the same for machines
-    python eval.py runs/shapes/checkpoint.pt --report report.html        the same to look at: a page with pictures
+    python eval.py runs/shapes/checkpoint.pt                            zero-shot
+    python eval.py runs/shapes/checkpoint.pt --all                      also all that learns
+    python eval.py runs/shapes/checkpoint.pt --task video --clips DIR   one task; your own videos
+    python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png        caption your pictures
+    python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D  other data
+    python eval.py runs/shapes/checkpoint.pt --json scores.json         scores for machines
+    python eval.py runs/shapes/checkpoint.pt --report report.html       a page with pictures
 
 The chance level stands beside each score.
 """
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from coca import BEGIN, END, PAD, UNKNOWN, Classifier, CoCa, CoCaConfig
+from coca import END, PAD, UNKNOWN, Classifier, CoCa, CoCaConfig
 from data import (
     COLOURS,
     NAMES,
@@ -61,7 +61,7 @@ FORMAT = 2  # of a checkpoint; goes up when older ones can no longer be read
 
 
 def replace_file(path, write):
-    """write(f) fills a file beside `path`, which then takes its place: at no moment is there half a file."""
+    """write(f) fills a file beside path, which then takes its place: there is never half a file."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -71,36 +71,37 @@ def replace_file(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({str(e).splitlines()[0]}); the one before, if any, is untouched") from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({why}); the one before is untouched") from None
 
 
 def save_checkpoint(path, model, tokenizer, **more):
     """All that `load_checkpoint` needs, and what else is given, as plain types and tensors."""
-    checkpoint = dict(format=FORMAT, config=dataclasses.asdict(model.config), vocabulary=tokenizer.words,
+    config = dataclasses.asdict(model.config)
+    checkpoint = dict(format=FORMAT, config=config, vocabulary=tokenizer.words,
                       model=model.state_dict(), **more)
     replace_file(path, lambda f: torch.save(checkpoint, f))
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> model, tokenizer, the whole checkpoint (plain types only: no code runs on loading). UserError if it is none."""
+    """-> model, tokenizer, the whole checkpoint (plain types only: loading runs no code)."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        made_by = checkpoint.get("format", 1) if "vocabulary" in checkpoint else None
-        if made_by == FORMAT:
+        found = checkpoint.get("format", 1) if "vocabulary" in checkpoint else "of something else"
+        if found == FORMAT:
             model = CoCa(CoCaConfig(**checkpoint["config"])).to(device)
             model.load_state_dict(checkpoint["model"])
             return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
     except Exception as e:  # cut off, foreign, or with code in it: torch names each differently
-        raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); give another one") from None
-    if made_by is None:
-        raise UserError(f"{path}: not a checkpoint of this program; give another one")
-    raise UserError(f"{path}: a checkpoint of format {made_by}, and this version reads format {FORMAT}; train again")
+        raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); "
+                        "give another one") from None
+    raise UserError(f"{path}: its format is {found}, and this version reads {FORMAT}; train again")
 
 
 def pick_device(name):
-    """"auto" -> cuda, mps or cpu, whichever is there first. UserError if the one asked for cannot be used."""
+    """"auto" -> cuda, mps or cpu, the first there is. UserError if the one asked for is not."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -108,7 +109,8 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).cpu()
     except Exception as e:  # torch has a kind of its own for each device
-        raise UserError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]}); leave it out") from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({why}); leave it out") from None
     return name
 
 
@@ -141,14 +143,14 @@ def embed_texts(model, tokenizer, texts, batch=1024):
 
 
 def embed_clips(model, clips, frames=16):
-    """clips (N, T, 3, S, S) uint8 -> (N, E) unit norm: the mean embedding of 16 uniformly sampled frames (Sec. 4.2)."""
+    """clips (N, T, 3, S, S) uint8 -> (N, E) unit norm: mean of 16 evenly spread frames, Sec. 4.2."""
     sampled = clips[:, sample_frames(clips.shape[1], frames)]           # (N, 16, 3, S, S)
     embedding = embed_images(model, sampled.reshape(-1, *clips.shape[2:]))
     return F.normalize(embedding.unflatten(0, (-1, frames)).mean(1), dim=-1)
 
 
 def caption(model, tokenizer, images, **how):
-    """images (N, 3, S, S) uint8 -> N captions, greedy unless `how` (see CoCa.generate) says otherwise."""
+    """images (N, 3, S, S) uint8 -> N captions; how: see CoCa.generate."""
     texts = []
     for x in in_batches(model, images, "captioning"):
         texts += [tokenizer.decode(tokens) for tokens in model.generate(x, **how).tolist()]
@@ -160,9 +162,10 @@ def caption(model, tokenizer, images, **how):
 
 
 def zero_shot(image_embedding, model, tokenizer, data):
-    """Zero-shot classification (Table 4) -> predictions (N,): the class whose prompts lie nearest, -1 if two are equally near.
+    """Zero-shot classification (Table 4) -> the class (N,) whose prompts lie nearest.
 
-    Prompt ensembling as in CLIP: a class is the mean of its prompts' embeddings.
+    Prompt ensembling as in CLIP: a class is the mean of its prompts' embeddings. -1 where two
+    classes are equally near: a model that tells nothing apart must not score.
     """
     prompts = []
     for name in data.classes:
@@ -176,12 +179,13 @@ def zero_shot(image_embedding, model, tokenizer, data):
 
 
 def recall(scores, relevant, ks=(1, 5, 10)):
-    """Share of queries with a relevant item among their K nearest, and the same by chance -> {K: (recall, chance)}.
+    """Share of queries with a relevant item among their K nearest -> {K: (recall, by chance)}.
 
-    scores (queries, items); relevant: for each query the list of its items. Several relevant items count
-    once, by the best ranked. A tie counts against, and NaN is never right: a broken model must not score.
+    scores (queries, items); relevant: for each query the list of its items. Several relevant items
+    count once, by the best ranked. A tie counts against, and NaN is never right.
     """
-    items, ranks = scores.shape[1], []
+    items = scores.shape[1]
+    ranks = []
     for row, right in zip(scores, relevant):
         best = row[right].max()
         ahead = (~(row < best)).sum() - (~(row[right] < best)).sum()
@@ -202,53 +206,62 @@ def chance_of_a_hit(items, right, k):
     return 1 - miss
 
 
-def retrieval(image_embedding, model, tokenizer, captions):
-    """Zero-shot retrieval (Table 3), cosine over the whole set -> {"image to text": {K: ...}, "text to image": ...}.
+def distinct(captions):
+    """A list of texts per image -> all texts, each once; the numbers of each image's texts."""
+    number = {}
+    of_image = []
+    for texts in captions:
+        of_image.append([number.setdefault(text, len(number)) for text in dict.fromkeys(texts)])
+    return list(number), of_image
 
-    captions: a list of texts per image, all used. A text that several images carry is one item, right for each.
+
+def retrieval(image_embedding, model, tokenizer, captions):
+    """Zero-shot retrieval (Table 3) -> {"image to text": {K: ...}, "text to image": ...}.
+
+    By cosine over the whole set. captions: a list of texts per image, all used. A text that several
+    images carry is one item, right for each of them.
     """
-    index, of_image, of_text = {}, [], []  # text -> its number; texts of each image; images of each text
-    for i, texts in enumerate(captions):
-        of_image.append([])
-        for text in dict.fromkeys(texts):
-            j = index.setdefault(text, len(index))
-            if j == len(of_text):
-                of_text.append([])
-            of_image[i].append(j)
+    texts, of_image = distinct(captions)
+    of_text = [[] for _ in texts]
+    for i, numbers in enumerate(of_image):
+        for j in numbers:
             of_text[j].append(i)
-    scores = image_embedding @ embed_texts(model, tokenizer, list(index)).T  # (images, texts)
+    scores = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
     return {"image to text": recall(scores, of_image), "text to image": recall(scores.T, of_text)}
 
 
 def tokenised(text):
-    """Text -> lower-case words with spaces between, punctuation dropped: near COCO's Java tokeniser, which keeps "t-shirt" whole."""
+    """Text -> its words only: near COCO's Java tokeniser, which keeps "t-shirt" whole."""
     return " ".join(word for word in words(text) if any(map(str.isalnum, word)))
 
 
 def n_grams(text):
-    """A tokenised text -> its n-grams and how often it has each, a Counter for each n = 1, 2, 3, 4."""
+    """A tokenised text -> how often it has each n-gram, a Counter for each n = 1, 2, 3, 4."""
     found = text.split()
     return [Counter(zip(*(found[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
 
 
 def bleu(candidates, references):
-    """BLEU (Papineni et al. 2002), one score for the whole set -> [BLEU-1, ..., BLEU-4], each in [0, 1].
+    """BLEU (Papineni et al. 2002) of the whole set -> [BLEU-1, ..., BLEU-4], each in [0, 1].
 
-    candidates: a tokenised text per image; references: a list of them per image. BLEU-n is the geometric mean over
-    k = 1, ..., n of the share of the candidates' k-grams that are right, times a penalty if they are too short.
-    Like CIDEr-D below it is that of the COCO evaluation code, whose METEOR and SPICE need Java and are left out.
+    candidates: a tokenised text per image; references: a list of them per image. BLEU-n is the
+    geometric mean over k = 1, ..., n of the share of the candidates' k-grams that are right, times
+    a penalty if they are too short. Like CIDEr-D below it is that of the COCO evaluation code,
+    whose METEOR and SPICE need Java and are left out.
     """
-    right, total, wanted = [0] * 4, [0] * 4, 0
+    right = [0] * 4
+    total = [0] * 4
+    wanted = 0
     for text, texts in zip(candidates, references, strict=True):
         reference_grams = [n_grams(reference) for reference in texts]
         for n, counts in enumerate(n_grams(text)):
             total[n] += counts.total()
             for gram, count in counts.items():
                 most = max(grams[n][gram] for grams in reference_grams)
-                right[n] += min(count, most)  # right at most as often as the reference that has it most often
+                right[n] += min(count, most)  # saying it more often does not help
         length = len(text.split())
         lengths = [len(reference.split()) for reference in texts]
-        wanted += min(lengths, key=lambda n: (abs(n - length), n))  # the closest length; of two the shorter
+        wanted += min(lengths, key=lambda n: (abs(n - length), n))  # the closest, then the shorter
     # The constants are COCO's and only matter where a count is 0. total[0]: the number of words
     precisions = [(r + 1e-15) / (t + 1e-9) for r, t in zip(right, total)]
     brevity = math.exp(min(0, 1 - (wanted + 1e-9) / (total[0] + 1e-15)))
@@ -256,11 +269,12 @@ def bleu(candidates, references):
 
 
 def cider_d(candidates, references, sigma=6.0):
-    """CIDEr-D (Vedantam et al. 2015), mean over images -> a number in [0, 10], not a share; near 0 by chance.
+    """CIDEr-D (Vedantam et al. 2015), mean over images -> a number in [0, 10], near 0 by chance.
 
-    Arguments as for `bleu`. Likeness of a candidate to each of its references: the cosine of their n-grams, each n-gram
-    weighing less the more images have it; mean over n = 1, ..., 4. The images counted are those given, so scores on other
-    sets do not compare, and what all images have weighs log(1) = 0: a set of one image scores 0.
+    Arguments as for `bleu`. Likeness of a candidate to a reference: the cosine of their n-grams,
+    each weighing less the more images have it; mean over n = 1, ..., 4. The images counted are
+    those given, so scores on other sets do not compare, and what all images have weighs
+    log(1) = 0: a set of one image scores 0.
     """
     images_with = Counter()
     for texts in references:
@@ -270,20 +284,21 @@ def cider_d(candidates, references, sigma=6.0):
         images_with.update(grams)
 
     def tf_idf(text):  # -> a vector {n-gram: weight} for each n
-        vectors = []
-        for counts in n_grams(text):
-            vectors.append({gram: count * math.log(len(references) / max(1, images_with[gram]))
-                            for gram, count in counts.items()})
+        vectors = n_grams(text)
+        for vector in vectors:
+            for gram in vector:
+                vector[gram] *= math.log(len(references) / max(1, images_with[gram]))
         return vectors
 
     scores = []
     for text, texts in zip(candidates, references, strict=True):
-        candidate, score = tf_idf(text), 0.0
+        candidate = tf_idf(text)
+        score = 0.0
         for reference in texts:
             difference = len(text.split()) - len(reference.split())
             penalty = math.exp(-difference**2 / (2 * sigma**2))
             for x, y in zip(candidate, tf_idf(reference)):
-                dot = sum(min(x[gram], y[gram]) * y[gram] for gram in x if gram in y)  # repeating a word gains nothing
+                dot = sum(min(x[gram], y[gram]) * y[gram] for gram in x)  # no gain by repeating
                 norms = math.hypot(*x.values()) * math.hypot(*y.values())
                 score += penalty * dot / (norms or 1)
         scores.append(10 * score / (4 * len(texts)))
@@ -298,8 +313,9 @@ def cider_d(candidates, references, sigma=6.0):
 class Recipe:
     """Tables 9 and 10, but for steps and batch: theirs are 50,000 to 200,000 steps of 64 to 512.
 
-    No RandAugment. Where the paper disagrees with itself (encoder finetuned at 5e-4 in Table 9, 1e-4 in its text;
-    ImageNet batches of 512 and 128) Table 9 is followed. The decoder has no row in Table 10: it learns at `lr`.
+    No RandAugment. Where the paper disagrees with itself (encoder finetuned at 5e-4 in Table 9, at
+    1e-4 in its text; ImageNet batches of 512 and 128) Table 9 is followed. The decoder has no row
+    in Table 10: it learns at `lr`.
     """
 
     lr: float = 5e-4  # of the classifier and, in understanding, of poolers and decoder
@@ -319,18 +335,18 @@ UNDERSTANDING = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=600)
 
 
 def image_tokens(model, images):
-    """images (B, 3, S, S) uint8 -> (B, P, D), all that is kept of the model: decoder and poolers are discarded."""
+    """images (B, 3, S, S) uint8 -> (B, P, D); decoder and poolers are discarded."""
     return (model.encoder(to_model(images)),)
 
 
 def clip_tokens(model, clips):
-    """clips (B, frames, 3, S, S) uint8 -> (B, frames, P, D): each frame by itself (Sec. 3.3, no early fusion)."""
+    """clips (B, frames, 3, S, S) uint8 -> (B, frames, P, D): each frame by itself (Sec. 3.3)."""
     tokens = model.encoder(to_model(clips.flatten(0, 1)))               # (B * frames, P, D)
     return (tokens.unflatten(0, (len(clips), -1)),)
 
 
 def decoder_states(model, images, tokens):
-    """images (B, 3, S, S) uint8, tokens (B, L) -> decoder outputs (B, L, D), which of them are no pads (B, L)."""
+    """images (B, 3, S, S) uint8, tokens (B, L) -> decoder outputs (B, L, D), True = real (B, L)."""
     _, _, states = model.features(to_model(images), tokens)
     return states, tokens != PAD
 
@@ -340,7 +356,9 @@ class Learner(nn.Module):
 
     def __init__(self, model, read, classifier):
         super().__init__()
-        self.model, self.read, self.classifier = model, read, classifier
+        self.model = model
+        self.read = read
+        self.classifier = classifier
 
     def forward(self, *inputs):
         return self.classifier(*self.read(self.model, *inputs))
@@ -357,18 +375,19 @@ def run(function, inputs, device):
 
 @torch.enable_grad()
 def transfer(model, read, classifier, train, test, recipe, what):
-    """Trains a classifier, and a copy of the model too unless it is frozen, by Eq. (1) -> share of test that is right.
+    """Trains a classifier, and a copy of the model too unless it is frozen -> accuracy on test.
 
-    train and test: inputs of `read` as a tuple of tensors (N, ...), labels (N,).
+    The loss is Eq. (1). train and test: inputs of `read` as tensors (N, ...), labels (N,).
     """
     device = device_of(model)
-    (inputs, labels), (test_inputs, test_labels) = train, test
+    inputs, labels = train
+    test_inputs, test_labels = test
     groups = [dict(params=classifier.to(device).parameters(), lr=recipe.lr)]
     if recipe.encoder_lr:
         learner = Learner(copy.deepcopy(model), read, classifier)
-        others = [p for name, p in learner.model.named_parameters() if not name.startswith("encoder.")]
-        groups.append(dict(params=learner.model.encoder.parameters(), lr=recipe.encoder_lr))
-        groups.append(dict(params=others, lr=recipe.lr))
+        for name, module in learner.model.named_children():
+            lr = recipe.encoder_lr if name == "encoder" else recipe.lr
+            groups.append(dict(params=module.parameters(), lr=lr))
     else:  # the model runs once, and the classifier learns from its outputs
         learner = classifier
         features = functools.partial(read, model)
@@ -377,9 +396,10 @@ def transfer(model, read, classifier, train, test, recipe, what):
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
 
     def schedule(t):  # warm-up, then a cosine to zero
-        return min(1, (t + 1) / max(1, recipe.warm_up)) * (1 + math.cos(math.pi * t / recipe.steps)) / 2
+        warm_up = min(1, (t + 1) / max(1, recipe.warm_up))
+        return warm_up * (1 + math.cos(math.pi * t / recipe.steps)) / 2
 
-    def moving_average(mean, new, n):  # EMA 0.9999 as in Table 9; less at first, or it would hold initial values
+    def moving_average(mean, new, n):  # 0.9999 as in Table 9; less at first, to forget the start
         return mean + (new - mean) * max(1 - 0.9999, 9 / (10 + n))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -412,12 +432,17 @@ class Context:
     """A checkpoint and the data it is evaluated on; what several tasks read is made once."""
 
     def __init__(self, model, tokenizer, settings, clips=None):
-        self.model, self.tokenizer, self.settings, self.clips = model, tokenizer, settings, clips
-        self.size, self.seed = model.config.image_size, settings["seed"]
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.clips = clips
+        self.size = model.config.image_size
+        self.seed = settings["seed"]
 
     def load(self, split):
         s = self.settings
-        return load(s["data"], s["data_dir"], split, self.size, seed=self.seed, val_from_train=s.get("val_from_train", 0))
+        apart = s.get("val_from_train", 0)
+        return load(s["data"], s["data_dir"], split, self.size, 0, self.seed, val_from_train=apart)
 
     @functools.cached_property
     def val(self):
@@ -443,19 +468,22 @@ class Context:
     def classifier(self, data, **how):
         """A new classifier for data's classes, the same in every run."""
         torch.manual_seed(self.seed)
-        return Classifier(self.model.config.width, self.model.config.heads, len(data.classes), **how)
+        c = self.model.config
+        return Classifier(c.width, c.heads, len(data.classes), **how)
 
 
 def missing(task, context):
     """What the checkpoint or its data lack for a task; "" if nothing."""
-    config, data = context.model.config, context.settings["data"]
+    config = context.model.config
+    data = context.settings["data"]
     if task in ("zero-shot", "retrieval", "video-retrieval") and not config.lambda_con:
         return "the checkpoint was trained with --lambda-con 0, its embeddings mean nothing"
     if task == "captioning" and not config.lambda_cap:
         return "the checkpoint was trained with --lambda-cap 0, its decoder never learned to write"
     if task in ("zero-shot", "frozen", "finetuned") and data in ("coco", "captions"):
         return f"{data} has no classes; add --data cifar10 --data-dir DIR"
-    if task in ("video-retrieval", "understanding") and not {*COLOURS, *SHAPES} <= set(context.tokenizer.words):
+    known = {*COLOURS, *SHAPES} <= set(context.tokenizer.words)
+    if task in ("video-retrieval", "understanding") and not known:
         return "the checkpoint lacks the words of generated scenes; train on --data shapes"
     return ""
 
@@ -475,22 +503,28 @@ def retrieval_task(context):
 
 def retrieval_rows(embedding, context, captions, image="image"):
     rows = {}
-    for direction, found in retrieval(embedding, context.model, context.tokenizer, captions).items():
+    directions = retrieval(embedding, context.model, context.tokenizer, captions)
+    for direction, found in directions.items():
         for k, (score, chance) in found.items():
             rows[f"{direction.replace('image', image)} R@{k}"] = row(score, chance)
     return rows
 
 
 def captioning_task(context, most=1000):
-    """Greedy captions of at most `most` images. Chance: the scores of every caption on the next image."""
-    tokenizer, text_len = context.tokenizer, context.model.config.text_len
-    references, readable, unknown, total = [], [], 0, 0
+    """Greedy captions of at most `most` images. Chance: each caption scored on the next image."""
+    tokenizer = context.tokenizer
+    text_len = context.model.config.text_len
+    references = []
+    readable = []
+    unknown = 0
+    total = 0
     for texts in context.val.captions[:most]:
         tokens = tokenizer.encode(texts, text_len)
         unknown += (tokens == UNKNOWN).sum().item()
         total += (tokens > END).sum().item()
         references.append([tokenised(text) for text in texts])
-        readable.append({tokenizer.decode(line) for line in tokens if UNKNOWN not in line})  # what can be written
+        known = [line for line in tokens if UNKNOWN not in line]  # only these can be written
+        readable.append([tokenizer.decode(line) for line in known])
     captions = caption(context.model, tokenizer, context.val.images[:most])
 
     def score(captions):
@@ -506,32 +540,39 @@ def captioning_task(context, most=1000):
     rows = {name: row(value, chance[name]) for name, value in score(captions).items()}
     rows["distinct captions"] = row(len(set(captions)) / len(captions), 1 / len(captions))
     rows["unknown words"] = unknown / max(1, total)
-    rows["captions"] = [{"generated": text, "true": texts} for text, texts in zip(captions[:5], context.val.captions)]
+    examples = zip(captions[:5], context.val.captions)
+    rows["captions"] = [{"generated": text, "true": texts} for text, texts in examples]
     return rows
 
 
+def transfer_row(context, read, data, test, recipe, what, model=None, **how):
+    """A new classifier, learned from data's images, tested on those of test."""
+    classifier = context.classifier(data, **how)
+    model = model or context.model
+    score = transfer(model, read, classifier, tensors(data), tensors(test), recipe, what)
+    return row(score, 1 / len(data.classes))
+
+
 def frozen_task(context):
-    """Sec. 3.3 "Frozen-feature evaluation": the encoder's tokens, read by a linear probe and by a new pooler."""
+    """Sec. 3.3 "Frozen-feature evaluation": a linear probe, and the paper's way: a new pooler."""
     data, test = context.labelled
     rows = {}
     for name, pooled in (("linear probe", False), ("new pooler", True)):
-        classifier = context.classifier(data, pooled=pooled)
-        score = transfer(context.model, image_tokens, classifier, tensors(data), tensors(test), FROZEN, name)
-        rows[f"frozen, {name}"] = row(score, 1 / len(data.classes))
+        rows[f"frozen, {name}"] = transfer_row(
+            context, image_tokens, data, test, FROZEN, name, pooled=pooled)
     return rows
 
 
 def finetuned_task(context):
     data, test = context.labelled
-    classifier = context.classifier(data)
-    score = transfer(context.model, image_tokens, classifier, tensors(data), tensors(test), FINETUNED, "finetuning")
-    return {"finetuned": row(score, 1 / len(data.classes))}
+    return {"finetuned": transfer_row(context, image_tokens, data, test, FINETUNED, "finetuning")}
 
 
 def video_task(context, frames=8):
-    """Sec. 3.3 "CoCa for Video Action Recognition": frozen, finetuned, and the same encoder without pretraining.
+    """Sec. 3.3 "CoCa for Video Action Recognition": frozen, finetuned, and without pretraining.
 
-    All three see the same number of clips. 8 frames (the paper does not say how many); 16 for retrieval, as it says.
+    All three see the same number of clips. 8 frames, as the paper does not say how many; for
+    retrieval it says 16.
     """
     if context.clips:
         data, test = own_clips(context.clips, context.size, frames)
@@ -543,18 +584,23 @@ def video_task(context, frames=8):
     torch.manual_seed(context.seed)
     untrained = CoCa(context.model.config).to(device_of(context.model))
     rows = {}
-    for name, model, recipe in (("frozen", context.model, VIDEO_FROZEN), ("finetuned", context.model, VIDEO_FINETUNED),
-                                ("from scratch", untrained, VIDEO_FINETUNED)):
-        score = transfer(model, clip_tokens, context.classifier(data), tensors(data), tensors(test), recipe, name)
-        rows[f"video, {name}"] = row(score, 1 / len(data.classes))
+    for name, model, recipe in (
+        ("video, frozen", context.model, VIDEO_FROZEN),
+        ("video, finetuned", context.model, VIDEO_FINETUNED),
+        ("video, from scratch", untrained, VIDEO_FINETUNED),
+    ):
+        rows[name] = transfer_row(context, clip_tokens, data, test, recipe, name, model)
     if context.clips:
         return rows
-    (clips,), labels = tensors(test_moves)
-    both_ways = (torch.cat([clips, clips.flip(1)]),), torch.cat([labels, 1 - labels])  # the same frames, in both orders
-    for name, how in (("", {}), (", temporal embedding", dict(frames=frames))):
-        name = f"video order, frozen{name}"
-        score = transfer(context.model, clip_tokens, context.classifier(moves, **how), tensors(moves), both_ways, VIDEO_FROZEN, name)
-        rows[name] = row(score, 1 / 2)
+    # The order of frames: each test clip is there forwards and backwards
+    both_ways = dataclasses.replace(
+        test_moves, images=np.concatenate([test_moves.images, test_moves.images[:, ::-1]]),
+        labels=np.concatenate([test_moves.labels, 1 - test_moves.labels]))
+    name = "video order, frozen"
+    rows[name] = transfer_row(context, clip_tokens, moves, both_ways, VIDEO_FROZEN, name)
+    name = "video order, frozen, temporal embedding"
+    rows[name] = transfer_row(
+        context, clip_tokens, moves, both_ways, VIDEO_FROZEN, name, frames=frames)
     return rows
 
 
@@ -564,38 +610,48 @@ def video_retrieval_task(context):
 
 
 def understanding_task(context):
-    """Sec. 4.2 "Multimodal understanding", Table 10: a pooler over the decoder's outputs; controls that see only half."""
+    """Sec. 4.2 "Multimodal understanding", Table 10: a pooler over the decoder's outputs.
+
+    Controls see only half: a grey image, or an empty text.
+    """
     asked = questions(context.size, 4000, context.seed)
-    (images,), _ = tensors(asked)
-    no_text = torch.tensor([[BEGIN, END]]).expand(len(images), -1)
-    chance = (1 / len(COLOURS) + 1 / 2 + 1 / 3) / 3  # of the three kinds of question
     stated = entailment(context.size, 4000, context.seed)
-    rows = {}
-    rows["questions"] = understand(context, asked, chance)
-    rows["questions, image hidden"] = understand(context, asked, chance, images=torch.full_like(images, 128))
-    rows["questions, text hidden"] = understand(context, asked, chance, tokens=no_text)
-    rows["entailment"] = understand(context, stated, 1 / 2)
-    return rows
+    grey = dataclasses.replace(asked, images=np.full_like(asked.images, 128))
+    silent = dataclasses.replace(asked, captions=[[""]] * len(asked))
+    chance = (1 / len(COLOURS) + 1 / 2 + 1 / 3) / 3  # of the three kinds of question
+    return {"questions": understand(context, asked, chance),
+            "questions, image hidden": understand(context, grey, chance),
+            "questions, text hidden": understand(context, silent, chance),
+            "entailment": understand(context, stated, 1 / 2)}
 
 
-def understand(context, data, chance, images=None, tokens=None):
-    """Learns to classify 3,400 (image, text) pairs, is tested on the others -> a row. images, tokens: instead of data's."""
-    (own_images,), labels = tensors(data)
-    images = own_images if images is None else images
-    if tokens is None:
-        tokens = context.tokenizer.encode([text for text, in data.captions], context.model.config.text_len)
-    train = (images[:3400], tokens[:3400]), labels[:3400]
-    test = (images[3400:], tokens[3400:]), labels[3400:]
-    score = transfer(context.model, decoder_states, context.classifier(data), train, test, UNDERSTANDING, "understanding")
+def understand(context, data, chance, learned=3400):
+    """Learns from the first pairs of image and text, is tested on the others -> a row."""
+    (images,), labels = tensors(data)
+    texts = [text for text, in data.captions]
+    tokens = context.tokenizer.encode(texts, context.model.config.text_len)
+    train = (images[:learned], tokens[:learned]), labels[:learned]
+    test = (images[learned:], tokens[learned:]), labels[learned:]
+    classifier = context.classifier(data)
+    score = transfer(context.model, decoder_states, classifier, train, test, UNDERSTANDING,
+                     "understanding")
     return row(score, chance)
 
 
-TASKS = {"zero-shot": zero_shot_task, "retrieval": retrieval_task, "captioning": captioning_task, "frozen": frozen_task,
-         "finetuned": finetuned_task, "video-retrieval": video_retrieval_task, "video": video_task,
-         "understanding": understanding_task}
+TASKS = {
+    "zero-shot": zero_shot_task,
+    "retrieval": retrieval_task,
+    "captioning": captioning_task,
+    "frozen": frozen_task,
+    "finetuned": finetuned_task,
+    "video-retrieval": video_retrieval_task,
+    "video": video_task,
+    "understanding": understanding_task,
+}
 
 
-def evaluate(model, tokenizer, settings, tasks=("zero-shot", "retrieval", "captioning"), strict=False, clips=None):
+def evaluate(model, tokenizer, settings, tasks=("zero-shot", "retrieval", "captioning"),
+             strict=False, clips=None):
     """Tasks on the data of `settings` (data, data_dir, seed) -> a dict of plain numbers and texts.
 
     A task that lacks something is left out with a note; strict: it is a UserError.
@@ -622,16 +678,21 @@ def evaluate(model, tokenizer, settings, tasks=("zero-shot", "retrieval", "capti
 
 
 def print_scores(scores, examples=1):
-    """Prints what evaluate returned, without R@5 and BLEU-1 to 3; the seconds of a task stand beside its first score."""
+    """Prints what evaluate returned, but for R@5 and BLEU-1 to 3.
+
+    A task's seconds stand beside its first score.
+    """
     images = f", {scores['images']} validation images" if "images" in scores else ""
     print(f"{scores['data'] + images:40}{'score':>9}{'chance':>9}{'seconds':>9}")
     for name, value in scores.items():
         if not isinstance(value, dict) or name.endswith(("R@5", "BLEU-1", "BLEU-2", "BLEU-3")):
             continue
+        score = number(name, value["score"])
+        chance = number(name, value["chance"])
         seconds = f"{value['seconds']:9.1f}" if "seconds" in value else ""
-        print(f"{name:40}{number(name, value['score']):>9}{number(name, value['chance']):>9}{seconds}")
+        print(f"{name:40}{score:>9}{chance:>9}{seconds}")
     if scores.get("unknown words"):
-        print(f"{scores['unknown words']:.1%} of the words in the true captions are unknown to the checkpoint")
+        print(f"{scores['unknown words']:.1%} of the words in the true captions are unknown")
     for pair in scores.get("captions", ())[:examples]:
         print(f"  generated: {pair['generated']}\n       true: {pair['true'][0]}")
 
@@ -645,10 +706,13 @@ def number(name, value):
 # Report: one HTML page that needs no other file, no network and no script
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --line: #c8c8c8; --tint: #ffb74d; --curve: #0059b3 }
+:root { color-scheme: light dark;
+  --paper: #fff; --ink: #1a1a1a; --line: #c8c8c8; --tint: #ffb74d; --curve: #0059b3 }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16181c; --ink: #e8e8e8; --line: #484d55; --tint: #8a4b00; --curve: #7ab8ff } }
 body { margin: auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
@@ -658,10 +722,12 @@ a { color: var(--curve); margin-right: 1rem }
 .skip:not(:focus) { position: absolute; transform: translateY(-200%) }
 .scroll { overflow-x: auto; overflow-wrap: normal; margin-bottom: .75rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption, th, td { padding: .15rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+caption, th, td { padding: .15rem .5rem; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top }
 .heat, .bar { display: block; padding: 0 .3rem;
   background: color-mix(in srgb, var(--tint) calc(var(--share) * 100%), transparent) }
-.bar { min-width: 6rem; background: linear-gradient(to right, var(--tint) calc(var(--share) * 100%), transparent 0) }
+.bar { min-width: 6rem;
+  background: linear-gradient(to right, var(--tint) calc(var(--share) * 100%), transparent 0) }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; margin: .75rem 0 }
 figure { margin: 0; width: 7rem; font-size: .875rem; line-height: 1.3 }
 img { display: block; width: 7rem; height: 7rem; image-rendering: pixelated }
@@ -677,7 +743,7 @@ class Html(str):
 
 
 def tag(name, /, *content, **attributes):
-    """tag("a", "x < y", href="#b", class_="c") -> <a href="#b" class="c">x &lt; y</a>. "_" in a name stands for "-"."""
+    """tag("a", "x < y", class_="c") -> <a class="c">x &lt; y</a>. "_" in a name stands for "-"."""
     given = ""
     for key, value in attributes.items():
         given += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
@@ -711,7 +777,7 @@ def figure(source, alt, *text, **attributes):
 
 
 def table(title, columns, rows):
-    """rows: lists of cells, of which the first heads the row. A wide table scrolls by itself, by keyboard too."""
+    """rows: lists of cells, of which the first heads the row. A wide table scrolls by itself."""
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in columns)))
     body = []
     for first, *rest in rows:
@@ -733,7 +799,8 @@ def chart(name, steps, values):
     """SVG of values (n,) over steps (n,), on a log scale, as means of at most 300 windows."""
     windows = np.array_split(values, min(len(values), 300))
     y = np.array([max(window.mean(), 1e-4) for window in windows])
-    low, high = y.min(), max(y.max(), 1.01 * y.min())
+    low = y.min()
+    high = max(y.max(), 1.01 * y.min())
 
     def down(value):  # -> pixels from the top
         return 190 - 160 * np.log(value / low) / np.log(high / low)
@@ -744,11 +811,14 @@ def chart(name, steps, values):
         axes += f'<text x="55" y="{down(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
     for x, step in ((60, steps[0]), (345, steps[-1])):
         axes += f'<text x="{x}" y="208" text-anchor="middle">{step:,.0f}</text>'
-    points = " ".join(f"{x:.1f},{down(value):.1f}" for x, value in zip(np.linspace(60, 345, len(y)), y))
+    places = zip(np.linspace(60, 345, len(y)), y)
+    points = " ".join(f"{x:.1f},{down(value):.1f}" for x, value in places)
     summary = (f"{name}: {values[0]:.3g} at step {steps[0]:,.0f}, least {values.min():.3g}, "
                f"{values[-1]:.3g} at step {steps[-1]:,.0f}")
-    return tag("svg", tag("title", summary), tag("text", f"{name} (log scale) over steps", x=60, y=18), Html(axes),
-               tag("polyline", points=points, style="stroke: var(--curve)"), viewBox="0 0 370 215", role="img")
+    title = tag("text", f"{name} (log scale) over steps", x=60, y=18)
+    curve = tag("polyline", points=points, style="stroke: var(--curve)")
+    return tag("svg", tag("title", summary), title, Html(axes), curve,
+               viewBox="0 0 370 215", role="img")
 
 
 def loss_curves(names, metrics):
@@ -760,109 +830,121 @@ def loss_curves(names, metrics):
     for name in ("loss_con", "loss_cap", "loss"):
         if column[name].any():
             charts.append(chart(name, column["step"], column[name]))
-    return [tag("p", "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4)."), tag("div", *charts, class_="row")]
+    text = "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4)."
+    return [tag("p", text), tag("div", *charts, class_="row")]
 
 
 def confusions(predicted, data):
-    """predicted (N,) classes of data's images, -1 = none. Left out: classes without images that are never predicted either."""
+    """predicted (N,) classes of data's images, -1 = none -> a picture, a table of the commonest."""
     C = len(data.classes)
-    labels, predicted = data.labels[predicted >= 0], predicted[predicted >= 0]
+    labels = data.labels[predicted >= 0]
+    predicted = predicted[predicted >= 0]
     counts = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)  # (true, predicted)
-    rows = np.flatnonzero(counts.sum(1))
-    columns = np.flatnonzero(counts.sum(0) + counts.sum(1))
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    title = f"Rows: {len(rows)} true classes; columns: {len(columns)} predicted"
-    if len(columns) <= 20:
-        cells = []
-        for i in rows:
-            cells.append([data.classes[i], *(tinted(shares[i, j], counts[i, j]) for j in columns)])
-        matrix = table(title, ["true", *(data.classes[j] for j in columns)], cells)
-    else:
-        brightness = shares[rows][:, columns] / shares.max()
-        matrix = figure(heat(brightness), f"Heat map. {title}. The next table has its main entries.",
-                        f"{title}, in the data's order; the brighter, the larger the share of the row", class_="matrix")
+    there = np.flatnonzero(counts.sum(0) + counts.sum(1))  # without classes that do not occur
+    shares = (counts / counts.sum(1, keepdims=True).clip(1))[there][:, there]
+    title = f"Rows: true classes, columns: predicted, {len(there)} of {C} classes"
+    matrix = figure(heat(shares), f"Heat map. {title}. The next table has its main entries.",
+                    f"{title}; the brighter, the larger the share of the row", class_="matrix")
     wrong = counts * (1 - np.eye(C, dtype=int))
-    commonest = []
+    rows = []
     for k in wrong.ravel().argsort(kind="stable")[::-1][:10]:
         i, j = divmod(int(k), C)
         if wrong[i, j]:
-            commonest.append([data.classes[i], data.classes[j], f"{counts[i, j]} of {counts[i].sum()}"])
-    return [matrix, table("The commonest confusions", ["true", "taken for", "images"], commonest)]
+            rows.append([data.classes[i], data.classes[j], f"{counts[i, j]} of {counts[i].sum()}"])
+    return [matrix, table("The commonest confusions", ["true", "taken for", "images"], rows)]
 
 
 def nearest(image_embedding, model, tokenizer, data, shown=4, best=5):
-    """For some images the nearest texts of the whole set, for some texts the nearest images, with cosines."""
-    index = {}
-    for texts in data.captions:
-        index.update(dict.fromkeys(texts))
-    texts = list(index)
-    cosine = (image_embedding @ embed_texts(model, tokenizer, texts).T).cpu().numpy()  # (images, texts)
+    """For some images the nearest texts of the whole set, for some texts the nearest images."""
+    texts, of_image = distinct(data.captions)
+    cosine = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
+    cosine = cosine.cpu().numpy()
 
     def right(i, j):
-        return "right" if texts[j] in data.captions[i] else "wrong"
+        return "right" if j in of_image[i] else "wrong"
 
-    to_text, to_image = [], []
+    def name(i):
+        return f"Image {i}: {data.captions[i][0]}"
+
+    parts = [tag("p", f"Among {len(data):,} images and {len(texts):,} texts."),
+             tag("h3", "Image to text")]
     for i in spread(len(data), shown):
-        found = [[texts[j], f"{cosine[i, j]:.3f}", right(i, j)] for j in (-cosine[i]).argsort()[:best]]
-        image = tag("img", src=picture(data.images[i]), alt=f"Image {i}: {data.captions[i][0]}")
-        to_text.append(tag("div", image, table(f"Texts nearest to image {i}", ["text", "cosine", "right?"], found), class_="row"))
+        rows = []
+        for j in (-cosine[i]).argsort()[:best]:
+            rows.append([texts[j], f"{cosine[i, j]:.3f}", right(i, j)])
+        image = tag("img", src=picture(data.images[i]), alt=name(i))
+        found = table(f"Texts nearest to image {i}", ["text", "cosine", "right?"], rows)
+        parts.append(tag("div", image, found, class_="row"))
+    parts.append(tag("h3", "Text to image"))
     for j in spread(len(texts), shown):
         found = []
         for i in (-cosine[:, j]).argsort()[:best]:
-            found.append(figure(picture(data.images[i]), f"Image {i}: {data.captions[i][0]}", f"{cosine[i, j]:.3f}, {right(i, j)}"))
-        to_image += [tag("p", f"“{texts[j]}”"), tag("div", *found, class_="row")]
-    return [tag("p", f"Among {len(data):,} images and {len(texts):,} texts."),
-            tag("h3", "Image to text"), *to_text, tag("h3", "Text to image"), *to_image]
+            text = f"{cosine[i, j]:.3f}, {right(i, j)}"
+            found.append(figure(picture(data.images[i]), name(i), text))
+        parts += [tag("p", f"“{texts[j]}”"), tag("div", *found, class_="row")]
+    return parts
 
 
 def attention_maps(model, images, tokens):
-    """Where a model looks: shares of the P patches, means over heads. images (B, 3, S, S) float, tokens (B, L) ->
+    """Where a model looks, as shares of the P patches, means over heads.
 
-    of each word (B, L - 1, P), the last layer's cross-attention as tokens[:, 1:] are predicted, followed through the generative
-    pooler; the words' probabilities (B, L - 1); of the image embedding (B, 1, P); of the pooler's queries (B, Q, P) or None.
+    images (B, 3, S, S) float, tokens (B, L) -> of each word (B, L - 1, P), the last layer's
+    cross-attention as tokens[:, 1:] are predicted, followed through the generative pooler; the
+    words' probabilities (B, L - 1); of the image embedding (B, 1, P); of the generative pooler's
+    queries (B, Q, P), each patch by itself if there is no such pooler.
     """
-    cross, inputs = model.multimodal.blocks[-1].cross_attention, []
+    cross = model.multimodal.blocks[-1].cross_attention
+    inputs = []
     hook = cross.register_forward_pre_hook(lambda module, given: inputs.extend(given))
     logits = model(images, tokens).logits                               # (B, L, V)
     hook.remove()
-    p = logits[:, :-1].softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]  # (B, L - 1)
-    words = cross(*inputs, return_weights=True)[1].mean(1)[:, :-1]      # (B, L - 1, Q), or P instead of Q without a pooler
-    source, queries = model.encoder(images), None
-    cascade = model.config.pooler == "cascade"
+    p = logits[:, :-1].softmax(-1).gather(-1, tokens[:, 1:, None])      # (B, L - 1, 1)
+    _, weights = cross(*inputs, return_weights=True)                    # (B, H, L, Q or P)
+    words = weights.mean(1)[:, :-1]                                     # (B, L - 1, Q or P)
+    source = model.encoder(images)                                      # (B, P, D)
+    queries = torch.eye(source.shape[1], device=source.device).expand(len(source), -1, -1)
+    pooled = source
     if model.generative_pooler is not None:
-        pooled, queries = model.generative_pooler(source, return_weights=True)
-        queries = queries.mean(1)                                       # (B, Q, P)
-        words = words @ queries                                         # (B, L - 1, P)
-        source = pooled if cascade else source
-    embedding = model.contrastive_pooler(source, return_weights=True)[1].mean(1)  # (B, 1, Q or P)
-    if queries is not None and cascade:
-        embedding = embedding @ queries                                 # (B, 1, P)
-    return words, p, embedding, queries
+        pooled, weights = model.generative_pooler(source, return_weights=True)
+        queries = weights.mean(1)                                       # (B, Q, P)
+    words = words @ queries                                             # (B, L - 1, P)
+    if model.config.pooler == "cascade":
+        _, weights = model.contrastive_pooler(pooled, return_weights=True)
+        embedding = weights.mean(1) @ queries                           # (B, 1, P)
+    else:
+        _, weights = model.contrastive_pooler(source, return_weights=True)
+        embedding = weights.mean(1)                                     # (B, 1, P)
+    return words, p[..., 0], embedding, queries
 
 
 def map_figure(weights, name, *text):
-    """weights (P,) -> a picture of one pixel a patch; the style sheet lays it over its article's picture."""
-    grid, most = math.isqrt(len(weights)), int(weights.argmax())
-    alt = (f"{name}: most attention ({weights[most]:.0%}) on row {most // grid + 1}, column {most % grid + 1} "
-           f"of {grid} x {grid} patches")
+    """weights (P,) -> one pixel a patch; the style sheet lays it over the article's picture."""
+    grid = math.isqrt(len(weights))
+    most = int(weights.argmax())
+    alt = (f"{name}: most attention ({weights[most]:.0%}) on row {most // grid + 1}, "
+           f"column {most % grid + 1} of {grid} x {grid} patches")
     shares = (weights / weights[most]).reshape(grid, grid)
     return figure(heat(shares), alt, tag("strong", name), *text, class_="map")
 
 
 def captions_with_maps(model, tokenizer, images, names):
-    """images (N, 3, S, S) uint8 -> for each its caption, word by word with its probability, and where the model looked."""
-    c, x = model.config, to_model(torch.tensor(images).to(device_of(model)))
-    tokens = model.generate(x, max_len=None if c.lambda_cap else 1)     # (N, L); a dual encoder cannot write: only BEGIN
-    words, p, embedding, queries = (t if t is None else t.cpu().numpy() for t in attention_maps(model, x, tokens))
+    """images (N, 3, S, S) uint8 -> of each its caption, word by word, and where the model looked."""
+    c = model.config
+    x = to_model(torch.tensor(images).to(device_of(model)))
+    tokens = model.generate(x, max_len=None if c.lambda_cap else 1)     # (N, L), or only BEGIN
+    found = attention_maps(model, x, tokens)
+    words, p, embedding, queries = (t.cpu().numpy() for t in found)
     for i, (ids, name) in enumerate(zip(tokens.tolist(), names)):
         maps = [figure(picture(images[i]), name, "the image")]
         if c.lambda_con:
             maps.append(map_figure(embedding[i, 0], "image embedding"))
         for token, share, weights in zip(ids[1:], p[i], words[i]):
             if token != PAD:
-                maps.append(map_figure(weights, tokenizer.words[token], tinted(share, f"{share:.1%}", "bar")))
-        parts = [tag("h3", tokenizer.decode(ids) or "no caption"), tag("p", name), tag("div", *maps, class_="row")]
-        if queries is not None and (c.lambda_cap or c.pooler == "cascade"):  # else it never learned
+                bar = tinted(share, f"{share:.1%}", "bar")
+                maps.append(map_figure(weights, tokenizer.words[token], bar))
+        title = tag("h3", tokenizer.decode(ids) or "no caption")
+        parts = [title, tag("p", name), tag("div", *maps, class_="row")]
+        if c.n_query and (c.lambda_cap or c.pooler == "cascade"):  # else it never learned
             maps = [map_figure(weights, f"query {j}") for j, weights in enumerate(queries[i][:64])]
             title = tag("summary", f"The generative pooler's {c.n_query} queries")
             parts.append(tag("details", title, tag("div", *maps, class_="row")))
@@ -882,38 +964,44 @@ def scores_section(context, scores):
 def captions_section(model, tokenizer, images, names):
     text = "lambda_cap is 0: the model never learned to write."
     if model.config.lambda_cap:
-        text = ("Under each word its probability; over the image the last layer's cross-attention as the word is written, mean "
-                "of the heads, followed through the pooler to the patches. The brightest patch has most.")
+        text = ("Under each word its probability; over the image the last layer's cross-attention "
+                "as the word is written, mean of the heads, followed through the pooler to the "
+                "patches. The brightest patch has most.")
     return [tag("p", text), *captions_with_maps(model, tokenizer, images, names)]
 
 
 @torch.no_grad()
 def write_report(args, model, tokenizer, checkpoint, scores, settings=None):
-    """Writes args.report: with the `settings` of `evaluate` about its scores and their data, without about args.image."""
+    """Writes args.report about the scores and data of `settings`, or without about args.image."""
     sections = {}
     if settings:
         context = Context(model, tokenizer, settings)
         some = spread(len(context.val), 8)
-        images, names = context.val.images[some], [f"true: {context.val.captions[i][0]}" for i in some]
+        images = context.val.images[some]
+        names = [f"true: {context.val.captions[i][0]}" for i in some]
         sections["Scores"] = scores_section(context, scores)
     else:
-        images, names = read_images(args.image, model.config.image_size), args.image
+        images = read_images(args.image, model.config.image_size)
+        names = args.image
     sections["Loss curves"] = loss_curves(checkpoint["metrics_names"], checkpoint["metrics"])
     if settings and model.config.lambda_con:
         if not missing("zero-shot", context):
             sections["Zero-shot classification"] = confusions(*context.zero_shot())
         sections["Retrieval"] = nearest(context.image_embedding, model, tokenizer, context.val)
     elif settings:
-        text = "lambda_con is 0: images and texts share no space, classification and retrieval mean nothing."
+        text = "lambda_con is 0: images and texts share no space to classify or retrieve in."
         sections["Scores"].append(tag("p", text))
     sections["Captions and attention"] = captions_section(model, tokenizer, images, names)
-    facts = {**checkpoint["settings"], "step": checkpoint["step"], **dataclasses.asdict(model.config)}
-    links, parts = [], []
+    facts = {**checkpoint["settings"], **checkpoint["config"], "step": checkpoint["step"]}
+    links = []
+    parts = []
     for i, (title, content) in enumerate(sections.items()):
         links.append(tag("a", title, href=f"#part-{i}"))
         parts.append(tag("section", tag("h2", title, id=f"part-{i}"), *content))
-    about = tag("details", tag("summary", "Settings"), table("The run and the model", ["name", "value"], facts.items()))
-    main = tag("main", tag("h1", "CoCa report"), tag("p", args.checkpoint), about, *parts, id="main")
+    about = table("The run and the model", ["name", "value"], facts.items())
+    about = tag("details", tag("summary", "Settings"), about)
+    title = tag("h1", "CoCa report")
+    main = tag("main", title, tag("p", args.checkpoint), about, *parts, id="main")
     skip = tag("a", "Skip to the content", href="#main", class_="skip")
     page = PAGE + tag("title", f"CoCa: {args.checkpoint}") + "</head>"
     page += tag("body", skip, tag("nav", *links, aria_label="Sections"), main) + "</html>\n"
@@ -939,17 +1027,23 @@ def read_images(files, size):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python eval.py CHECKPOINT [options]")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                usage="python eval.py CHECKPOINT [options]")
     p.add_argument("checkpoint", help="OUT/checkpoint.pt of train.py")
     p.add_argument("--data", choices=NAMES, help="default: what it was trained on")
     p.add_argument("--data-dir", help="folder of the data (default: as in training)")
-    p.add_argument("--task", nargs="+", choices=TASKS, help="these tasks only (default: zero-shot, retrieval and captioning)")
-    p.add_argument("--all", action="store_true", help="every task, those that train a classifier or finetune too")
-    p.add_argument("--clips", metavar="DIR", help="task video on your clips: a folder per class, of folders of frames or .npy arrays")
+    p.add_argument("--task", nargs="+", choices=TASKS,
+                   help="these tasks only (default: zero-shot, retrieval and captioning)")
+    p.add_argument("--all", action="store_true",
+                   help="every task, those that train a classifier or finetune too")
+    p.add_argument("--clips", metavar="DIR", help="task video on your clips: a folder per class, "
+                                                  "of folders of frames or .npy arrays")
     p.add_argument("--image", nargs="+", metavar="FILE", help="caption these image files instead")
     p.add_argument("--json", metavar="FILE", type=new_file, help="also write the scores there")
-    p.add_argument("--report", metavar="FILE", type=new_file, help="also make a page there, with curves, examples and attention")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--report", metavar="FILE", type=new_file,
+                   help="also make a page there, with curves, examples and attention")
+    p.add_argument("--device", default="auto",
+                   help="cuda, mps or cpu (default: the first there is)")
     return p.parse_args(argv)
 
 
@@ -963,7 +1057,7 @@ def main(argv=None):
         if model.config.lambda_cap:
             scores = dict(zip(args.image, caption(model, tokenizer, images)))
         else:
-            note("the checkpoint was trained with --lambda-cap 0 and never learned to write: no captions")
+            note("no captions: the checkpoint was trained with --lambda-cap 0")
         for name, text in scores.items():
             print(f"{name}: {text}")
     else:

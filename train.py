@@ -1,15 +1,16 @@
 """Train a CoCa (Sec. 3.2, Eq. (4)) with the paper's recipe (Sec. 4.1) scaled down.
 
-    python train.py                                                    generated scenes, some minutes on a CPU
+    python train.py                                                    generated scenes, on a CPU
     python train.py --data cifar10 --data-dir DIR [--download]         CIFAR-10 in DIR
     python train.py --data coco --data-dir DIR --subset 1000           COCO captions
-    python train.py --data captions --data-dir DIR                     your images, and a CSV image,caption
-    python train.py --lambda-cap 0                                     a dual encoder (CLIP); --lambda-con 0: a captioner
-    python train.py --init runs/shapes/checkpoint.pt --image-size 64   a second phase at another resolution (Sec. 4.1)
-    python train.py --init CHECKPOINT --fresh poolers --train poolers  learn only what lies between, as LLaVA's first stage
-    python train.py --out runs/shapes --resume                         go on with a run that was stopped
-    python train.py --batch-size 1024 --accum 16                       a large batch in the memory of a small one
-    torchrun --nproc_per_node=2 train.py                               the same batch over two processes
+    python train.py --data captions --data-dir DIR                     your images and captions
+    python train.py --lambda-cap 0                                     a dual encoder (CLIP)
+    python train.py --lambda-con 0                                     a captioner
+    python train.py --init runs/shapes/checkpoint.pt --image-size 64   a second phase (Sec. 4.1)
+    python train.py --init CHECKPOINT --fresh poolers --train poolers  as LLaVA's first stage
+    python train.py --out runs/shapes --resume                         go on after a stop
+    python train.py --batch-size 1024 --accum 16                       1,024 in the memory of 64
+    torchrun --nproc_per_node=2 train.py                               a batch over two processes
 """
 import argparse
 import dataclasses
@@ -23,10 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from coca import (
     CONFIGS,
+    END,
     PAD,
     UNKNOWN,
     CoCa,
@@ -35,28 +38,43 @@ from coca import (
     number_captions,
     resize_positions,
 )
-from data import NAMES, Batches, Tokenizer, UserError, load, note, to_model, without_duplicates
+from data import (
+    NAMES,
+    Batches,
+    Dataset,
+    Tokenizer,
+    UserError,
+    load,
+    note,
+    to_model,
+    without_duplicates,
+)
 from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_file, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Settings
 
-PRESETS = {  # what the data change; sizes: in the tiny model. The lr is above the paper's 8e-4: few steps, small models
-    "shapes": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(patch_size=8)),
+# What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4, for models 200
+# times as large and 300 times as many steps: small models bear, and few steps need, a higher one
+PRESETS = {
+    "shapes": dict(steps=468, batch_size=128, lr=1.5e-3, sizes=dict(patch_size=8)),
     "cifar10": dict(steps=6250, batch_size=32, lr=7e-4, sizes=dict(encoder_layers=6)),
     "cifar100": dict(steps=6250, batch_size=32, lr=7e-4, sizes=dict(encoder_layers=6)),
     "coco": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8)),
-    "captions": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8)),
+    "captions": dict(steps=1600, batch_size=128, lr=1.5e-3,
+                     sizes=dict(image_size=64, patch_size=8)),
 }
 PARTS = {  # what --train and --fresh name
     "encoder": ["encoder"],
     "poolers": ["generative_pooler", "contrastive_pooler"],
     "decoder": ["unimodal", "multimodal"],
 }
-SIZES = ["lambda_con", "lambda_cap", "pooler", "n_query", "encoder_layers", "image_size"]  # flags that are fields of CoCaConfig
-DEFAULTS = dict(data="shapes", data_dir=None, subset=0, val_from_train=0, dedup=False, config="tiny", init=None, fresh=[],
-                train=list(PARTS), seed=0, accum=1, grad_checkpoint=False, compile=False)
-MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]  # on --resume: they change no result
+# Flags that are fields of CoCaConfig
+SIZES = ["lambda_con", "lambda_cap", "pooler", "n_query", "encoder_layers", "image_size"]
+DEFAULTS = dict(data="shapes", data_dir=None, subset=0, val_from_train=0, dedup=False,
+                config="tiny", init=None, fresh=[], train=list(PARTS), seed=0,
+                accum=1, grad_checkpoint=False, compile=False)
+MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]  # on --resume: the result stays
 
 
 def at_least(low, kind):
@@ -72,40 +90,51 @@ def at_least(low, kind):
 
 def parse_args(argv):
     """What is not given is None: choose_settings fills it in."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="python train.py [options]")
-    count, amount = at_least(0, int), at_least(0, float)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                usage="python train.py [options]")
+    count = at_least(0, int)
+    amount = at_least(0, float)
     p.add_argument("--data", choices=NAMES, help="what to train on (default: shapes)")
     p.add_argument("--data-dir", help="folder of the data")
-    p.add_argument("--subset", type=count, help="use that many training images, the same every time (default: 0 = all)")
+    p.add_argument("--subset", type=count, help="that many training images, 0 = all (default)")
     p.add_argument("--val-from-train", type=count, metavar="N",
-                   help="keep N training images apart and validate and evaluate on them: for tuning (default: 0)")
+                   help="tuning: evaluate on N training images, kept apart (default: 0)")
     p.add_argument("--dedup", action="store_true", default=None,
-                   help="remove near-duplicates of the evaluation images from the training images, Sec. 4.1")
-    p.add_argument("--config", choices=CONFIGS, help="size of the model, Table 1 (default: tiny)")
+                   help="leave out near-duplicates of evaluation images, Sec. 4.1")
+    p.add_argument("--config", choices=CONFIGS, help="size, Table 1 (default: tiny)")
     p.add_argument("--steps", type=at_least(1, int), help="training steps (default: see PRESETS)")
-    p.add_argument("--batch-size", type=at_least(2, int), help="images a step: N of Eq. (2) (default: see PRESETS)")
+    p.add_argument("--batch-size", type=at_least(2, int),
+                   help="images a step: N of Eq. (2) (default: see PRESETS)")
     p.add_argument("--lr", type=amount, help="peak learning rate (default: see PRESETS)")
-    p.add_argument("--lambda-con", type=amount, help="weight of the contrastive loss in Eq. (4) (default: 1, or --init's)")
-    p.add_argument("--lambda-cap", type=amount, help="weight of the captioning loss in Eq. (4) (default: 2, or --init's)")
-    p.add_argument("--pooler", choices=["cascade", "parallel"], help="Table 8f (default: cascade, or --init's)")
-    p.add_argument("--n-query", type=count, help="queries of the generative pooler, 0 = the decoder reads all image tokens")
-    p.add_argument("--encoder-layers", type=count, help="0 = no image encoder, patches go straight on")
+    p.add_argument("--lambda-con", type=amount,
+                   help="weight of the contrastive loss in Eq. (4) (default: 1, or --init's)")
+    p.add_argument("--lambda-cap", type=amount,
+                   help="weight of the captioning loss in Eq. (4) (default: 2, or --init's)")
+    p.add_argument("--pooler", choices=["cascade", "parallel"],
+                   help="Table 8f (default: cascade, or --init's)")
+    p.add_argument("--n-query", type=count,
+                   help="queries of the generative pooler, 0 = the decoder reads all image tokens")
+    p.add_argument("--encoder-layers", type=count, help="0 = no encoder, patches go straight on")
     p.add_argument("--image-size", type=at_least(1, int), help="pixels a side")
     p.add_argument("--init", help="start from this checkpoint's sizes, vocabulary and weights; "
-                                  "learned positions are interpolated to --image-size")
-    p.add_argument("--fresh", nargs="+", choices=PARTS, help="parts that do not take their weights from --init; "
-                                                             "a fresh decoder also learns a new vocabulary")
-    p.add_argument("--train", nargs="+", choices=PARTS, help="parts that learn (default: all), beside the temperature")
-    p.add_argument("--seed", type=count, help="of weights, order and generated scenes (default: 0)")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--out", help="folder for checkpoint.pt and metrics.csv (default: a new runs/DATA)")
-    p.add_argument("--resume", action="store_true", help="go on from --out's checkpoint.pt, with its settings")
+                                  "positions are interpolated to --image-size")
+    p.add_argument("--fresh", nargs="+", choices=PARTS,
+                   help="parts not from --init; a fresh decoder learns a new vocabulary too")
+    p.add_argument("--train", nargs="+", choices=PARTS,
+                   help="parts that learn (default: all), beside the temperature")
+    p.add_argument("--seed", type=count, help="of weights, order and scenes (default: 0)")
+    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of them)")
+    p.add_argument("--out", help="folder for checkpoint and metrics (default: a new runs/DATA)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--download", action="store_true", help="fetch CIFAR into --data-dir first")
-    p.add_argument("--save-every", type=at_least(1, int), default=500, help="steps between checkpoints at most (default: 500)")
-    p.add_argument("--accum", type=at_least(1, int), help="compute each batch in that many parts, same gradients (default: 1)")
+    p.add_argument("--save-every", type=at_least(1, int), default=500,
+                   help="steps between checkpoints at most (default: 500)")
+    p.add_argument("--accum", type=at_least(1, int),
+                   help="compute each batch in that many parts, same gradients (default: 1)")
     p.add_argument("--grad-checkpoint", action="store_true", default=None,
                    help="recompute activations in backward: less memory, same gradients")
-    p.add_argument("--compile", action="store_true", default=None, help="torch.compile the model (worth it on GPUs)")
+    p.add_argument("--compile", action="store_true", default=None,
+                   help="torch.compile what training calls (worth it on GPUs)")
     args = p.parse_args(argv)
     if args.resume and not args.out:
         p.error("--resume needs --out, the folder of the run to go on with")
@@ -122,7 +151,7 @@ def parse_args(argv):
 
 
 def choose_settings(args, saved=None):
-    """What makes a run: flags over PRESETS over DEFAULTS. saved: the settings of the run to go on with."""
+    """What makes a run: flags over PRESETS over DEFAULTS; on --resume, over what was saved."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name in ("data_dir", "init"):
         if name in given:
@@ -135,14 +164,14 @@ def choose_settings(args, saved=None):
     for name in settings.keys() & given.keys():
         if saved and settings[name] != given[name] and name not in MAY_CHANGE:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{args.out}/checkpoint.pt was made with {flag} {settings[name]}; leave {flag} out to go on "
-                            f"with it, or start a new run from it with --init {args.out}/checkpoint.pt")
+            raise UserError(f"{args.out}/checkpoint.pt was made with {flag} {settings[name]}; "
+                            f"leave {flag} out, or start anew from it: --init {args.out}/checkpoint.pt")
         settings[name] = given[name]
     return settings
 
 
 def make_config(settings, source=None):
-    """Sizes of the model: those of the source, or else of --config, but for what is given. ValueError if they do not fit."""
+    """Sizes of the model: those of the source, else of --config, but for what is given."""
     config = source.config if source else CONFIGS[settings["config"]]
     if not source and settings["config"] == "tiny":
         config = dataclasses.replace(config, **PRESETS[settings["data"]]["sizes"])
@@ -156,7 +185,8 @@ def make_config(settings, source=None):
 
 def join_processes(device):
     """-> rank, number of processes (torchrun sets both), device of this one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -171,17 +201,18 @@ def load_data(s, size, download, rank, world):
     if rank > 0:
         dist.barrier()  # the first process decodes images, the others then read what it has kept
     common = dict(size=size, seed=s.seed, val_from_train=s.val_from_train)
-    data = load(s.data, s.data_dir, "train", subset=s.subset, download=download and rank == 0, **common)
+    fetch = download and rank == 0
+    data = load(s.data, s.data_dir, "train", subset=s.subset, download=fetch, **common)
     val = load(s.data, s.data_dir, "val", **common)
-    if s.dedup:
-        data = without_duplicates(data, val, mirrored=data.augment)  # training shows mirror images too
+    if s.dedup:  # training shows mirror images too
+        data = without_duplicates(data, val, mirrored=data.augment)
     if rank == 0 and world > 1:
         dist.barrier()
     return data, val
 
 
 def part_of(name):
-    """Name of a parameter -> the part it belongs to, None for the temperature, which always learns."""
+    """Name of a parameter -> its part, None for the temperature, which always learns."""
     for part, modules in PARTS.items():
         if name.split(".")[0] in modules:
             return part
@@ -189,7 +220,7 @@ def part_of(name):
 
 
 def new_model(config, s, data, source=None, vocabulary=None):
-    """-> model and tokenizer, from the source's weights and vocabulary but for the parts --fresh names."""
+    """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
     tokenizer = vocabulary
     if vocabulary is None or "decoder" in s.fresh:
         texts = [text for captions in data.captions for text in captions]
@@ -219,12 +250,12 @@ def prepare(model, s):
     if s.grad_checkpoint:
         model.recompute_activations()
     if s.compile:
-        for name in ("losses", "embed_and_caption", "encode_image", "encode_text"):  # all that training calls
+        for name in ("losses", "embed_and_caption", "encode_image", "encode_text"):
             setattr(model, name, torch.compile(getattr(model, name)))
 
 
 def make_optimizer(model):
-    """AdamW with the paper's betas and decoupled weight decay (the paper: Adafactor, which keeps less per weight)."""
+    """AdamW with the paper's betas and weight decay (its Adafactor only keeps less per weight)."""
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.dim() > 1]
     vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
@@ -233,15 +264,16 @@ def make_optimizer(model):
 
 
 def learning_rate(step, peak, steps):
-    """Linear warm-up over the first 2 % of the steps, then linear decay (to 0: where it ends is not stated)."""
+    """Linear warm-up over the first 2 % of the steps, then linear decay (to what is not stated)."""
     warm_up = max(1, round(0.02 * steps))
     return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def half_precision(device):
-    """Where the GPU has it: matrix products in bfloat16, while LayerNorm, similarities and losses stay in float32."""
-    has_it = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_it)
+    """Where the GPU has it, matrix products are in bfloat16; losses stay in float32."""
+    kind = torch.device(device).type
+    has_it = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=has_it)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,7 +283,7 @@ BLOCK = 2**25  # similarities held at a time: 128 MiB of float32
 
 
 def gather(rows, first, N):
-    """This process's rows (n, ...), the first of which is number `first` of N -> the rows of all processes (N, ...)."""
+    """rows (n, ...) of this process, from number `first` of N on -> of all processes (N, ...)."""
     whole = rows.new_zeros(N, *rows.shape[1:])
     whole[first:first + len(rows)] = rows
     if len(rows) < N:
@@ -260,12 +292,14 @@ def gather(rows, first, N):
 
 
 def contrastive_backward(model, x, y, ids, local):
-    """Eq. (2) for one process's images and texts (a slice of the N) against all texts and images, by blocks of rows.
+    """Eq. (2) for the rows `local`: their images against all texts, their texts against all images.
 
-    Adds its weighted gradient to x and y (N, E) and the temperature -> this process's share of the loss. Work and
-    memory go with N x N / processes, and no N x N tensor ever exists: a block's graph is gone before the next.
+    Adds its weighted gradient to x and y (N, E) and the temperature -> these rows' share of the
+    loss. By blocks of rows, each of whose graphs is gone before the next: no N x N tensor ever
+    exists, and a process's work goes with N x N / processes.
     """
-    N, loss = len(x), torch.zeros((), device=x.device)
+    N = len(x)
+    loss = torch.zeros((), device=x.device)
     for rows in torch.arange(N, device=x.device)[local].split(max(1, BLOCK // N)):
         positives = ids[rows, None] == ids                              # (rows, N)
         image_to_text = contrast(x[rows], y, model.temperature, positives)
@@ -277,21 +311,25 @@ def contrastive_backward(model, x, y, ids, local):
 
 
 def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
-    """Leaves the gradient of Eq. (4) for the batch of *all* processes in model's parameters -> loss_con, loss_cap.
+    """Leaves the gradient of Eq. (4) for the batch of *all* processes in the parameters.
 
-    images, tokens: this process's rows; sizes: how many rows each process has; accum: parts to compute its rows in.
-    The contrastive loss compares every image with every text of the batch, so it is no mean over parts of it, and
-    adding up the parts' own losses would be wrong. Instead (gradient caching, Gao et al. 2021):
+    images, tokens: this process's rows; sizes: how many rows each process has; accum: parts to
+    compute its rows in -> loss_con, loss_cap. The contrastive loss compares every image with every
+    text of the batch, so it is no mean over parts of it, and adding up the parts' own losses would
+    be wrong. Instead (gradient caching, Gao et al. 2021):
 
       1. embed all parts without keeping graphs, and gather the embeddings of all processes;
       2. take Eq. (2) of them, and its gradient with respect to each embedding;
-      3. run each part again, with its graph, and send the gradient of its embeddings in. The captioning loss is a
-         sum over target tokens: each part counts by its own number of them;
+      3. run each part again, with its graph, and send the gradient of its embeddings in; the
+         captioning loss of a part counts by its number of target tokens;
       4. add up the gradients of all processes.
 
-    This is exact because a part's second run gives what its first gave: nothing in the model is random.
+    This is exact as long as a part's second run gives what its first gave: nothing in the model is
+    random. With dropout it would not be.
     """
-    config, N, first = model.config, sum(sizes), sum(sizes[:rank])
+    config = model.config
+    N = sum(sizes)
+    first = sum(sizes[:rank])
     rows = math.ceil(len(images) / accum)
     parts = list(zip(images.split(rows), tokens.split(rows)))
 
@@ -299,8 +337,9 @@ def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
     with torch.no_grad(), autocast:
         x = torch.cat([model.encode_image(image) for image, _ in parts])  # (n, E)
         y = torch.cat([model.encode_text(text) for _, text in parts])   # (n, E)
-    x, y = gather(x, first, N), gather(y, first, N)                     # (N, E) each
-    padded = F.pad(tokens, (0, config.text_len - tokens.shape[1]))      # (n, text_len), as in all processes
+    x = gather(x, first, N)
+    y = gather(y, first, N)                     # (N, E) each
+    padded = F.pad(tokens, (0, config.text_len - tokens.shape[1]))      # (n, text_len)
     ids = number_captions(gather(padded, first, N))                     # (N,)
 
     # 2. Their gradients
@@ -308,7 +347,8 @@ def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
     con = contrastive_backward(model, x.requires_grad_(), y.requires_grad_(), ids, local)
     targets = (tokens[:, 1:] != PAD).sum()
     add_up([x.grad, y.grad, con, targets], len(sizes))
-    dx, dy = x.grad[local].split(rows), y.grad[local].split(rows)
+    dx = x.grad[local].split(rows)
+    dy = y.grad[local].split(rows)
 
     # 3. Into the model
     cap = torch.zeros_like(con)
@@ -335,27 +375,26 @@ def add_up(tensors, world):
 # ------------------------------------------------------------------------------------------------
 # Nothing lost
 
-METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds", "val_con", "val_cap"]
+METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds",
+           "val_con", "val_cap"]
 
 
 def claim(out, data):
-    """Makes the folder of a new run, --out or the first free of runs/DATA, runs/DATA-2, ... : no run is ever written over."""
-    n = 1
+    """Makes the folder of a new run: --out, or the first free of runs/DATA, runs/DATA-2, ..."""
+    number = 1
     while True:
-        folder = Path(out or (f"runs/{data}-{n}" if n > 1 else f"runs/{data}"))
+        folder = Path(out or f"runs/{data}" + f"-{number}" * (number > 1))
         try:
-            folder.mkdir(parents=True, exist_ok=bool(out))  # of two runs that start together, one makes it
+            folder.mkdir(parents=True, exist_ok=bool(out))  # only one of two runs can make it
             return folder
-        except FileExistsError:
-            if out:  # a file
-                raise UserError(f"{out} is a file; give another --out") from None
-            n += 1
         except OSError as e:
-            raise UserError(f"{folder}: cannot be made ({e}); give another --out") from None
+            if out or not isinstance(e, FileExistsError):
+                raise UserError(f"{folder}: cannot be made ({e}); give another --out") from None
+            number += 1
 
 
 def lock(folder):
-    """A file that only one process can hold; the system takes it back when that process ends, however it ends."""
+    """A file that one process can hold; the system frees it when that process ends, however."""
     try:
         file = open(folder / "lock", "w")
         if os.name == "nt":
@@ -364,23 +403,77 @@ def lock(folder):
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by a run that is still going; wait for it, or give another --out") from None
     except OSError as e:
-        raise UserError(f"{folder}: cannot be used ({e}); give another --out") from None
+        raise UserError(f"{folder}: in use by another run, or not writable ({e}); "
+                        "wait, or give another --out") from None
     return file
 
 
-def save(folder, model, tokenizer, optimizer, settings, rows):
-    """checkpoint.pt, and metrics.csv, which is written anew from the rows in the checkpoint: they cannot disagree."""
-    metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(METRICS))
-    save_checkpoint(folder / "checkpoint.pt", model, tokenizer, settings=settings, step=len(rows),
-                    optimizer=optimizer.state_dict(), metrics=metrics, metrics_names=METRICS)
-    lines = [",".join(METRICS)]
-    for row in rows:
-        lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
-    text = "\n".join([*lines, ""])
-    replace_file(folder / "metrics.csv", lambda f: f.write(text.encode()))
+def check_free(out):
+    if os.path.exists(Path(out) / "checkpoint.pt"):
+        raise UserError(f"{out} holds a run already; add --resume to go on with it, "
+                        "or give another --out")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run, and what is kept of it in the folder `out`."""
+
+    out: Path
+    settings: dict
+    model: CoCa
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    val: Dataset
+    device: str
+    rows: list  # one of METRICS a step
+    saved: float = -math.inf  # when
+    saving: float = 0.0  # how long it took
+
+    @torch.no_grad()
+    def validate(self):
+        """Both losses on at most 500 validation images and their first captions, in batches."""
+        n = min(500, len(self.val))
+        size = min(self.settings["batch_size"], n)
+        con = 0.0
+        cap = 0.0
+        batches = n // size
+        for i in range(0, batches * size, size):
+            images = to_model(torch.tensor(self.val.images[i:i + size]).to(self.device))
+            texts = [captions[0] for captions in self.val.captions[i:i + size]]
+            tokens = self.tokenizer.encode(texts, self.model.config.text_len).to(self.device)
+            with half_precision(self.device):
+                loss = self.model.losses(images, tokens)
+            con += loss.con.item() / batches
+            cap += loss.cap.item() / batches
+        return con, cap
+
+    def save(self):
+        """checkpoint.pt, and metrics.csv written anew from its rows: they cannot disagree."""
+        began = time.time()
+        if self.rows:
+            self.rows[-1][-2:] = self.validate()
+        metrics = torch.tensor(self.rows, dtype=torch.float64).reshape(-1, len(METRICS))
+        save_checkpoint(self.out / "checkpoint.pt", self.model, self.tokenizer,
+                        settings=self.settings, step=len(self.rows), metrics_names=METRICS,
+                        metrics=metrics, optimizer=self.optimizer.state_dict())
+        lines = [",".join(METRICS)]
+        for row in self.rows:
+            lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
+        text = "\n".join([*lines, ""])
+        replace_file(self.out / "metrics.csv", lambda f: f.write(text.encode()))
+        self.saved = time.time()
+        self.saving = self.saved - began
+
+    def overdue(self):
+        """Some 30 seconds after the last time, but at most 5 % of the time goes into saving."""
+        return time.time() - self.saved > max(30, 20 * self.saving)
+
+    def check_finite(self, when, **values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"{when}: {name} is {value}; {self.out}/checkpoint.pt is the last "
+                                "good one, try a smaller --lr")
 
 
 class Stop:
@@ -388,7 +481,9 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
         self.signal = number
@@ -400,51 +495,100 @@ class Stop:
 
     def asked(self, world, device):
         """The signal that any process got, 0 = none: all stop after the same step."""
+        if world == 1:
+            return self.signal
         number = torch.tensor(self.signal, device=device)
-        if world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            return int(number)
-        return self.signal
-
-
-def check_finite(when, out, **values):
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(f"{when}: {name} is {value}; {out}/checkpoint.pt is the last good one, try a smaller --lr")
-
-
-@torch.no_grad()
-def validate(model, tokenizer, val, batch_size, autocast, device):
-    """Both losses on at most 500 validation images, each with its first caption, in batches as in training."""
-    n = min(500, len(val))
-    batch_size = min(batch_size, n)
-    con, cap, batches = 0.0, 0.0, n // batch_size
-    for i in range(0, batches * batch_size, batch_size):
-        images = to_model(torch.tensor(val.images[i:i + batch_size]).to(device))
-        texts = [captions[0] for captions in val.captions[i:i + batch_size]]
-        with autocast:
-            loss = model.losses(images, tokenizer.encode(texts, model.config.text_len).to(device))
-        con += loss.con.item() / batches
-        cap += loss.cap.item() / batches
-    return con, cap
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
 
 # ------------------------------------------------------------------------------------------------
 # The run
 
 
+def train(run, batches, save_every, sizes, rank):
+    """Trains from step len(run.rows) to the last."""
+    s = argparse.Namespace(**run.settings)
+    model = run.model
+    optimizer = run.optimizer
+    world = len(sizes)
+    autocast = half_precision(run.device)
+    start = len(run.rows)
+    stop = Stop()
+    began = time.time() - (run.rows[-1][METRICS.index("seconds")] if start else 0)
+    bar = tqdm(range(start, s.steps), "training", s.steps, initial=start, disable=rank > 0)
+    for step in bar:
+        lr = learning_rate(step, s.lr, s.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, tokens = batches(step)
+        optimizer.zero_grad()
+        if world == 1 and s.accum == 1:
+            with autocast:
+                loss = model.losses(images, tokens)
+            loss.total.backward()
+            con = loss.con
+            cap = loss.cap
+        else:
+            con, cap = large_batch_backward(model, images, tokens, s.accum, sizes, rank, autocast)
+        norm = clip_grad_norm_(model.parameters(), 1.0)  # Tables 9, 10; not stated for pretraining
+        con, cap, norm, temperature = torch.stack([con, cap, norm, model.temperature]).tolist()
+        run.check_finite(f"step {step + 1}", loss_con=con, loss_cap=cap, gradient_norm=norm)
+        stopped = stop.asked(world, run.device)
+        if rank == 0 and (stopped or step % save_every == 0 or run.overdue()):
+            run.save()  # here, as these weights have just given finite losses
+        if stopped:
+            end(run, stopped, f"step {step}", rank)
+        optimizer.step()
+        total = s.lambda_con * con + s.lambda_cap * cap
+        run.rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total, lr, temperature,
+                         time.time() - began, math.nan, math.nan])
+        bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
+    if rank == 0:
+        val_con, val_cap = run.validate()
+        run.check_finite("after the last step", val_con=val_con, val_cap=val_cap)
+        run.save()
+    stop.release()
+    if stop.signal:
+        end(run, stop.signal, "the last step", rank)
+
+
+def end(run, number, when, rank):
+    if rank == 0:
+        print(f"\nstopped by {signal.Signals(number).name} after {when}, saved; "
+              f"go on with: python train.py --out {run.out} --resume")
+    sys.exit(128 + number)
+
+
+def describe(run, data, world):
+    """What is trained, and what to expect of it."""
+    facts = {**run.settings, "device": run.device, "out": run.out, "processes": world}
+    print(" ".join(f"{name}={value}" for name, value in facts.items()))
+    model = run.model
+    N = run.settings["batch_size"]
+    V = len(run.tokenizer)
+    encoder = count_parameters(model.encoder)
+    decoder = count_parameters(model.unimodal, model.multimodal)
+    poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
+    print(f"{len(data):,} images, {V:,} words; millions of parameters: encoder {encoder:.2f}, "
+          f"poolers {poolers:.2f}, decoder {decoder:.2f}")
+    print(f"losses to expect at step 0: contrastive about 2 ln {N} = {2 * math.log(N):.2f} (less if "
+          f"captions repeat), captioning about ln {V} + 1/2 = {math.log(V) + 0.5:.2f}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world, device = join_processes(args.device)
-    say = print if rank == 0 else lambda *text: None
-    source = vocabulary = checkpoint = None
+    source = vocabulary = None
     if args.resume:
-        held = lock(Path(args.out)) if rank == 0 and os.path.isdir(args.out) else None
-        model, tokenizer, checkpoint = load_checkpoint(Path(args.out) / "checkpoint.pt", device)
-        settings, config = choose_settings(args, checkpoint["settings"]), model.config
+        out = Path(args.out)
+        checkpoint_file = out / "checkpoint.pt"
+        model, tokenizer, checkpoint = load_checkpoint(checkpoint_file, device)
+        settings = choose_settings(args, checkpoint["settings"])
+        config = model.config
     else:
-        if args.out and os.path.exists(Path(args.out) / "checkpoint.pt"):
-            raise UserError(f"{args.out} holds a run already; add --resume to go on with it, or give another --out")
+        if args.out:
+            check_free(args.out)
         settings = choose_settings(args)
         if settings["init"]:
             source, vocabulary, _ = load_checkpoint(settings["init"], device)
@@ -452,106 +596,48 @@ def main(argv=None):
             config = make_config(settings, source)
         except ValueError as e:
             raise UserError(str(e)) from None
-        settings.update({name: getattr(config, name) for name in SIZES})  # what applies, whoever chose it
+        settings.update({name: getattr(config, name) for name in SIZES})  # what applies in the end
     s = argparse.Namespace(**settings)
     if s.batch_size < s.accum * world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {s.accum} parts for each of {world} processes; "
-                        "make it larger")
+        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {s.accum} parts for each "
+                        f"of {world} processes; make it larger")
     data, val = load_data(s, config.image_size, args.download, rank, world)
-    if not checkpoint:
+    if not args.resume:
         model, tokenizer = new_model(config, s, data, source, vocabulary)
-    model.to(device)
-    prepare(model, s)
-    optimizer, rows = make_optimizer(model), []
-    if checkpoint:
+    prepare(model.to(device), s)
+    optimizer = make_optimizer(model)
+    rows = []
+    sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
+    own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch
+    batches = Batches(data, tokenizer, config.text_len, s.batch_size, s.seed, own, device)
+    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
+    if unknown > 0.1:
+        note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
+    if rank == 0:
+        if not args.resume:
+            out = claim(args.out, s.data)
+        held = lock(out)  # noqa: F841 - until this process ends
+        if not args.resume:
+            check_free(out)
+    else:
+        out = args.out
+    if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rows = checkpoint["metrics"].tolist()
-    sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
-    first = sum(sizes[:rank])
-    batches = Batches(data, tokenizer, model.config.text_len, s.batch_size, s.seed, slice(first, first + sizes[rank]), device)
-    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > PAD).sum()
-    if unknown > 0.1:
-        note(f"{unknown:.0%} of the captions' words are unknown to the vocabulary; --fresh decoder learns a new one")
-    out = Path(args.out) if args.resume else None
-    if rank == 0 and not args.resume:
-        out = claim(args.out, s.data)
-        held = lock(out)  # noqa: F841 (until this process ends)
-        if (out / "checkpoint.pt").exists():
-            raise UserError(f"{out} holds a run already; give another --out")
-
-    say(" ".join(f"{name}={value}" for name, value in {**settings, "device": device, "out": out, "processes": world}.items()))
-    say(f"{len(data):,} images, {len(tokenizer):,} words; parameters in millions: "
-        f"encoder {count_parameters(model.encoder):.2f}, "
-        f"poolers {count_parameters(model.generative_pooler, model.contrastive_pooler):.2f}, "
-        f"decoder {count_parameters(model.unimodal, model.multimodal):.2f}")
-    say(f"losses to expect at step 0: contrastive about 2 ln {s.batch_size} = {2 * math.log(s.batch_size):.2f} "
-        f"(less if captions repeat), captioning about ln {len(tokenizer)} = {math.log(len(tokenizer)):.2f}")
-    train(model, tokenizer, optimizer, batches, val, settings, rows, out, args.save_every, sizes, rank, device)
+    run = Run(out, settings, model, tokenizer, optimizer, val, device, rows)
     if rank == 0:
-        print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, {rows[-1][7]:.0f} s of training on {device}")
+        describe(run, data, world)
+    train(run, batches, args.save_every, sizes, rank)
+    if rank == 0:
+        seconds = rows[-1][METRICS.index("seconds")]
+        print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
+              f"{seconds:.0f} s of training on {device}")
         print_scores(evaluate(model, tokenizer, settings))
         print(f"saved: {out}/checkpoint.pt, {out}/metrics.csv")
-        if model.config.lambda_cap:
+        if config.lambda_cap:
             print(f"next:  python eval.py {out}/checkpoint.pt --image YOUR.jpg")
     if world > 1:
         dist.destroy_process_group()
-
-
-def train(model, tokenizer, optimizer, batches, val, settings, rows, out, save_every, sizes, rank, device):
-    """Trains from step len(rows) to the last. rows: one of METRICS a step, to which it adds; out: where rank 0 saves."""
-    s, world, autocast = argparse.Namespace(**settings), len(sizes), half_precision(device)
-    before = rows[-1][7] if rows else 0.0  # seconds of earlier runs
-    stop, began, saved, saving = Stop(), time.time(), -math.inf, 0.0
-
-    def keep():
-        nonlocal saved, saving
-        start = time.time()
-        if rows:
-            rows[-1][8:] = validate(model, tokenizer, val, s.batch_size, autocast, device)
-        save(out, model, tokenizer, optimizer, settings, rows)
-        saved, saving = time.time(), time.time() - start
-
-    bar = tqdm(range(len(rows), s.steps), "training", s.steps, initial=len(rows), disable=rank > 0)
-    for step in bar:
-        lr = learning_rate(step, s.lr, s.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images, tokens = batches(step)
-        optimizer.zero_grad()
-        if s.accum == 1 and world == 1:
-            with autocast:
-                loss = model.losses(images, tokens)
-            loss.total.backward()
-            con, cap = loss.con, loss.cap
-        else:
-            con, cap = large_batch_backward(model, images, tokens, s.accum, sizes, rank, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as in Tables 9 and 10; not stated for pretraining
-        con, cap, norm, temperature = torch.stack([con, cap, norm, model.temperature]).tolist()
-        check_finite(f"step {step + 1}", out, loss_con=con, loss_cap=cap, gradient_norm=norm)
-        stopped = stop.asked(world, device)
-        overdue = time.time() - saved > max(30, 20 * saving)  # at most 5 % of the time goes into saving
-        if rank == 0 and (stopped or overdue or step % save_every == 0):
-            keep()  # here, as these weights have just given finite losses
-        if stopped:
-            bar.close()
-            if rank == 0:
-                print(f"stopped by {signal.Signals(stopped).name} after step {step}, saved; "
-                      f"go on with: python train.py --out {out} --resume")
-            sys.exit(128 + stopped)
-        optimizer.step()
-        seconds = before + time.time() - began
-        total = s.lambda_con * con + s.lambda_cap * cap
-        rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total, lr, temperature, seconds, math.nan, math.nan])
-        bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
-    if rank == 0:
-        check_finite("after the last step", out, **dict(zip(("val_con", "val_cap"), validate(
-            model, tokenizer, val, s.batch_size, autocast, device))))
-        keep()
-    stop.release()
-    if stop.signal:
-        if rank == 0:
-            print(f"stopped by {signal.Signals(stop.signal).name} after the last step, saved")
-        sys.exit(128 + stop.signal)
 
 
 if __name__ == "__main__":

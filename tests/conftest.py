@@ -1,5 +1,6 @@
-"""Settings for all tests, and the few things they share."""
+"""Settings for all tests, and the fixtures they share."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,3 +21,20 @@ torch.set_num_threads(1)  # on tensors this small more threads only wait for eac
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache of decoded images."""
     monkeypatch.setenv("COCA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """A training run that a test cuts short leaves its signal handlers behind: here they go."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """Training without the evaluation at its end."""
+    import train
+    monkeypatch.setattr(train, "evaluate", lambda *args: {})
+    monkeypatch.setattr(train, "print_scores", lambda scores: None)

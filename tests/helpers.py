@@ -1,8 +1,12 @@
-"""What the property tests share: hypothesis draws the structure of a case, torch fills in values from its seed."""
+"""What the tests share: random cases, ways to look into a model, and ways to break it on purpose.
+
+hypothesis draws the structure of a case, torch fills in values from its seed.
+"""
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -11,6 +15,9 @@ import coca
 from coca import BEGIN, END, PAD, CoCa, CoCaConfig
 
 VOCAB, TEXT_LEN = 13, 9
+TOY = ["--subset", "32", "--batch-size", "8", "--device", "cpu"]  # a training run of a second
+
+fails = pytest.raises(AssertionError)  # for controls: with fails: check_...(a broken model)
 
 
 @dataclass
@@ -21,8 +28,9 @@ class Case:
     n_query: int
 
     def config(self, **changes):
-        return CoCaConfig(**{**dict(image_size=8, patch_size=4, width=16, heads=2, encoder_layers=1, n_uni=2, n_multi=2,
-                                    n_query=self.n_query, pooler=self.pooler, vocab_size=VOCAB, text_len=TEXT_LEN), **changes})
+        sizes = dict(image_size=8, patch_size=4, width=16, heads=2, encoder_layers=1, n_uni=2, n_multi=2,
+                     n_query=self.n_query, pooler=self.pooler, vocab_size=VOCAB, text_len=TEXT_LEN)
+        return CoCaConfig(**{**sizes, **changes})
 
     def model(self, dtype=torch.float32, **changes):
         """A model none of whose parameters is at a special value (a zero bias would hide what it multiplies)."""
@@ -39,9 +47,10 @@ class Case:
         return torch.rand(len(self.lengths), 3, 8, 8, generator=generator, dtype=dtype) * 2 - 1
 
     def tokens(self, extra=0):
-        """Right-padded captions; `extra` more columns of padding than the longest needs."""
+        """Right-padded captions; `extra` more columns of padding than the longest needs, up to text_len."""
         generator = torch.Generator().manual_seed(self.seed + 2)
-        tokens = torch.full((len(self.lengths), max(self.lengths) + extra), PAD)
+        columns = min(TEXT_LEN, max(self.lengths) + extra)
+        tokens = torch.full((len(self.lengths), columns), PAD)
         for row, n in zip(tokens, self.lengths):
             row[:n] = torch.randint(4, VOCAB, (n,), generator=generator)
             row[0], row[n - 1] = BEGIN, END
@@ -49,23 +58,60 @@ class Case:
 
 
 def cases(shortest=3, longest=TEXT_LEN, rows=3):
-    return st.builds(Case, seed=st.integers(0, 10_000), lengths=st.lists(st.integers(shortest, longest), min_size=2, max_size=rows),
+    lengths = st.lists(st.integers(shortest, longest), min_size=2, max_size=rows)
+    return st.builds(Case, seed=st.integers(0, 10_000), lengths=lengths,
                      pooler=st.sampled_from(["cascade", "parallel"]), n_query=st.sampled_from([0, 1, 3]))
 
 
 CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)  # on which a broken model must be caught
 
 
+# Looking into a model
+
+
+@contextmanager
+def recorded_weights():
+    """Yields a list that gets (causal, weights) of every attention from now on, in order.
+
+    Attention to values that are an identity matrix gives the weights themselves: those of the fused kernel.
+    """
+    record, kernel = [], F.scaled_dot_product_attention
+
+    def attend(q, k, v, **how):
+        identity = torch.eye(k.shape[2], dtype=v.dtype).expand(*k.shape[:3], -1)
+        record.append((how.get("is_causal", False), kernel(q, k, identity, **how)))
+        return kernel(q, k, v, **how)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        yield record
+
+
+def record_embedding(model):
+    """A list that gets the token embeddings (B, L, D) of every text from now on, as leaves to take gradients at."""
+    record = []
+
+    def hook(module, args, out):
+        record.append(out.detach().requires_grad_())
+        return record[-1]
+
+    model.unimodal.token.register_forward_hook(hook)
+    return record
+
+
+# Models broken on purpose
+
+
 def wrong_mask(diagonal):
     """torch's fused attention, but position i may look at keys up to i + diagonal (0 would be right; None: all)."""
+    kernel = F.scaled_dot_product_attention
+
     def attend(q, k, v, is_causal=False):
         mask = None
         if is_causal and diagonal is not None:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal)
             mask[:, 0] = True  # a row without any key would be NaN, and caught too cheaply
-        return real(q, k, v, attn_mask=mask)
+        return kernel(q, k, v, attn_mask=mask)
 
-    real = F.scaled_dot_product_attention
     return mock.patch.object(F, "scaled_dot_product_attention", attend)
 
 
@@ -73,27 +119,17 @@ def cls_behind_the_padding():
     """What two public implementations do: [CLS] after the padded length, its key mask shifted by one to the right."""
     def forward(self, tokens):
         B, L = tokens.shape
+        kernel = F.scaled_dot_product_attention
         x = torch.cat([self.token(tokens) + self.position[:L], self.cls.expand(B, 1, -1)], 1)
         may = F.pad(tokens != PAD, (1, 0), value=True)  # the shift: a key is hidden if the one before it is padding
         mask = may[:, None, None] & torch.ones(L + 1, L + 1, dtype=torch.bool).tril()
-        with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, is_causal: real(q, k, v, attn_mask=mask)):
+
+        def attend(q, k, v, is_causal):
+            return kernel(q, k, v, attn_mask=mask)
+
+        with mock.patch.object(F, "scaled_dot_product_attention", attend):
             for block in self.blocks:
                 x = block(x, causal=True)
         return x[:, :L], self.norm(x[:, L])
 
-    real = F.scaled_dot_product_attention
     return mock.patch.object(coca.UnimodalDecoder, "forward", forward)
-
-
-@contextmanager
-def recorded_weights():
-    """Runs every attention by the written-out definition; yields the list of (causal, weights), in order."""
-    record = []
-
-    def attend(q, k, v, is_causal=False):
-        out, weights = coca.attention(q, k, v, is_causal)
-        record.append((is_causal, weights))
-        return out
-
-    with mock.patch.object(F, "scaled_dot_product_attention", attend):
-        yield record

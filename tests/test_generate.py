@@ -1,28 +1,25 @@
 """Generation: greedy is the argmax under teacher forcing, sampling keeps to its sets, captions end where they should."""
 import pytest
 import torch
-from helpers import CONTROL, VOCAB, cases
+from helpers import CONTROL, VOCAB, cases, fails
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coca import BEGIN, END, PAD, choose
 
-fails = pytest.raises(AssertionError)
-
 
 def check_greedy(case, shift=0):
+    """Every token is the likeliest after those before it, up to the first END or PAD."""
     model, images = case.model(), case.images()
     tokens = model.generate(images)
-    logits = model(images, tokens).logits
-    for row, logit in zip(tokens, logits):
-        n = int((row != PAD).sum())
-        assert row[0] == BEGIN and (row[n:] == PAD).all()
-        for t in range(1, n):
-            assert row[t] == logit[t - 1 + shift].argmax()
-        assert END not in row[:n - 1]
-        if n < len(row):  # it ended: by END, or because padding was the likeliest
-            assert row[n - 1] == END or logit[n - 1].argmax() == PAD
     assert tokens.shape[1] <= model.config.text_len
+    for row, logits in zip(tokens, model(images, tokens).logits):
+        n = int((row != PAD).sum())
+        assert row[0] == BEGIN and END not in row[:n - 1] and (row[n:] == PAD).all()
+        for t in range(1, n):
+            assert row[t] == logits[t - 1 + shift].argmax()
+        if n < len(row):  # it ended: by END, or because padding was the likeliest
+            assert row[n - 1] == END or logits[n - 1].argmax() == PAD
 
 
 @given(cases())
@@ -36,50 +33,52 @@ def test_control_logits_shifted_by_one_are_caught():
 
 
 @given(cases(), st.integers(2, 9))
-def test_max_len_cuts_without_changing_what_comes_before(case, max_len):
-    model, images = case.model(), case.images()
-    whole, cut = model.generate(images), model.generate(images, max_len=max_len)
-    assert torch.equal(cut, whole[:, :max_len])
-
-
-@given(cases())
-def test_a_caption_does_not_depend_on_the_rest_of_the_batch(case):
+def test_a_caption_depends_neither_on_max_len_nor_on_the_rest_of_the_batch(case, max_len):
     model, images = case.model(), case.images()
     together = model.generate(images)
+    assert torch.equal(model.generate(images, max_len=max_len), together[:, :max_len])
     for image, row in zip(images, together):
         alone = model.generate(image[None])[0]
         assert torch.equal(alone, row[:len(alone)]) and (row[len(alone):] == PAD).all()
 
 
-def check_ends(model, images):
-    tokens = model.generate(images)
-    assert tokens.tolist() == [[BEGIN, END]] * len(images)
+def check_ends(model):
+    assert model.generate(CONTROL.images()).tolist() == [[BEGIN, END]] * 3
 
 
+@torch.no_grad()
 def test_generation_stops_at_end_of_text():
-    model, images = CONTROL.model(), CONTROL.images()
-    with torch.no_grad():
-        model.multimodal.norm.weight.zero_()
-        model.multimodal.norm.bias.fill_(1.0)
-        model.multimodal.head.weight.zero_()
-        model.multimodal.head.weight[5] = 1.0
-        with fails:  # control: a model that never ends
-            check_ends(model, images)
-        model.multimodal.head.weight[END] = 2.0
-    check_ends(model, images)
+    model = CONTROL.model()
+    model.multimodal.norm.weight.zero_()
+    model.multimodal.norm.bias.fill_(1.0)
+    model.multimodal.head.weight.zero_()
+    model.multimodal.head.weight[5] = 1.0
+    with fails:  # control: a model that never ends
+        check_ends(model)
+    model.multimodal.head.weight[END] = 2.0
+    check_ends(model)
 
 
-@given(st.integers(0, 10_000), st.integers(1, VOCAB), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
-def test_sampling_keeps_to_top_k_and_top_p(seed, k, top_p, temperature):
+def check_sampling(seed, k, top_p, temperature, allowed_k, allowed_p):
+    """No token is drawn that has k likelier ones, or whose likelier ones hold a share top_p already."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, VOCAB, generator=generator)
     p = (logits / temperature).softmax(-1)
     for _ in range(5):
-        drawn = choose(logits, temperature, k, top_p, generator)
-        for row, token in zip(p, drawn):
+        for row, token in zip(p, choose(logits, temperature, k, top_p, generator)):
             likelier = row[row > row[token]]
-            assert len(likelier) < k
-            assert likelier.sum() < top_p * row.topk(k).values.sum().clamp(max=1) + 1e-5 or likelier.sum() < top_p
+            assert len(likelier) < allowed_k and likelier.sum() < allowed_p + 1e-6
+
+
+@given(st.integers(0, 10_000), st.integers(1, VOCAB), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
+def test_sampling_keeps_to_top_k_and_top_p(seed, k, top_p, temperature):
+    check_sampling(seed, k, top_p, temperature, k, top_p)
+
+
+def test_control_tokens_outside_top_k_or_top_p_are_caught():
+    for allowed_k, allowed_p in ((2, 1.0), (VOCAB, 0.3)):
+        with fails:
+            check_sampling(0, 0, 1.0, 1.0, allowed_k, allowed_p)
 
 
 def test_sampling_follows_the_distribution_and_repeats_with_its_generator():
@@ -88,7 +87,8 @@ def test_sampling_follows_the_distribution_and_repeats_with_its_generator():
     assert torch.equal(drawn, choose(logits, 0.5, generator=torch.Generator().manual_seed(0)))
     share = torch.bincount(drawn, minlength=3) / 6000
     torch.testing.assert_close(share, (logits[0] / 0.5).softmax(-1), atol=0.02, rtol=0)
-    assert (choose(logits, 1e-4) == 2).all() and (choose(logits, 1.0, top_k=1) == 2).all() and (choose(logits, 1.0, top_p=0.01) == 2).all()
+    for greedy in (dict(), dict(temperature=1e-4), dict(temperature=1.0, top_k=1), dict(temperature=1.0, top_p=0.01)):
+        assert (choose(logits, **greedy) == 2).all()
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(max_len=0)])

@@ -5,83 +5,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, VOCAB, cases
+from helpers import CONTROL, VOCAB, cases, fails
 from hypothesis import given
 from hypothesis import strategies as st
 
 import coca
 from coca import PAD, captioning_loss, contrastive_loss
 
-fails = pytest.raises(AssertionError)
 seeds, temperatures = st.integers(0, 10_000), st.floats(0.01, 1.0)
 
-
-def embeddings(seed, N, E=5):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(2, N, E, generator=generator, dtype=torch.float64), dim=-1)
+# Eq. (2)
 
 
-def slow_contrastive(x, y, s):
-    """Eq. (2), term by term."""
-    N, total = len(x), 0.0
-    for a, b in ((x, y), (y, x)):
-        for i in range(N):
-            total += math.log(math.exp(a[i] @ b[i] / s) / sum(math.exp(a[i] @ b[j] / s) for j in range(N)))
-    return -total / N
-
-
-def check_contrastive(seed, N, s, loss=contrastive_loss):
-    x, y = embeddings(seed, N)
-    assert loss(x, y, s).item() == pytest.approx(slow_contrastive(x, y, s))
-
-
-@given(seeds, st.integers(1, 7), temperatures)
-def test_contrastive_loss_equals_equation_2(seed, N, s):
-    check_contrastive(seed, N, s)
-
-
-@pytest.mark.parametrize("wrong", [
-    lambda x, y, s: F.cross_entropy(x @ y.T / s, torch.arange(len(x))),  # one direction only
-    lambda x, y, s: contrastive_loss(x, y, s) / 2,  # averaged as in CLIP
-    lambda x, y, s: contrastive_loss(x, y, 1 / s),  # multiplied by the temperature
-    lambda x, y, s: contrastive_loss(x, y.roll(1, 0), s),  # labels shifted
-])
-def test_control_wrong_contrastive_losses_are_caught(wrong):
-    with fails:
-        check_contrastive(0, 5, 0.3, wrong)
-
-
-@given(seeds, st.integers(1, 7), temperatures, st.randoms())
-def test_contrastive_loss_is_unchanged_by_swapping_towers_or_permuting_pairs(seed, N, s, random):
-    x, y = embeddings(seed, N)
-    order = random.sample(range(N), N)
-    ids = torch.tensor([random.randrange(3) for _ in range(N)])
-    loss = contrastive_loss(x, y, s, ids)
-    torch.testing.assert_close(contrastive_loss(y, x, s, ids), loss)
-    torch.testing.assert_close(contrastive_loss(x[order], y[order], s, ids[order]), loss)
-    if N > 2:  # control: moving one side alone does matter
-        assert not torch.isclose(contrastive_loss(x.roll(1, 0), y, s), contrastive_loss(x, y, s))
-
-
-@given(st.integers(1, 9), temperatures)
-def test_contrastive_loss_of_identical_embeddings_is_2_log_n(N, s):
-    same = F.normalize(torch.ones(N, 4), dim=-1)
-    assert contrastive_loss(same, same, s).item() == pytest.approx(2 * math.log(N), abs=1e-5)
-
-
-@given(seeds, st.integers(2, 6))
-def test_contrastive_loss_stays_finite_at_extreme_temperatures(seed, N):
-    x, y = embeddings(seed, N).float()
-    for s in (1e-6, 0.01, 1.0, 1e6):
-        x.requires_grad_().grad = None
-        loss = contrastive_loss(x, y, s)
-        loss.backward()
-        assert loss.isfinite() and x.grad.isfinite().all()
-    torch.testing.assert_close(loss, torch.tensor(2 * math.log(N)))
-
-
-def slow_duplicates(x, y, s, ids):
-    """Cross-entropy to a target uniform over the identical captions, less the target's entropy."""
+def slow_contrastive(x, y, s, ids):
+    """Eq. (2) term by term. Identical captions share the target equally, and its entropy is taken off."""
     N, total = len(x), 0.0
     for a, b in ((x, y), (y, x)):
         for i in range(N):
@@ -93,32 +30,71 @@ def slow_duplicates(x, y, s, ids):
     return total / N
 
 
+def embeddings(seed, N):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(2, N, 5, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def check_contrastive(seed, ids, s, loss=contrastive_loss):
+    x, y = embeddings(seed, len(ids))
+    got = loss(x, y, s, torch.tensor(ids))
+    assert got.dtype == torch.float64  # that of the embeddings
+    assert got.item() == pytest.approx(slow_contrastive(x, y, s, ids), abs=1e-12)
+
+
+@given(seeds, st.integers(1, 7), temperatures)
+def test_contrastive_loss_equals_equation_2(seed, N, s):
+    check_contrastive(seed, list(range(N)), s)
+    check_contrastive(seed, list(range(N)), s, lambda x, y, s, ids: contrastive_loss(x, y, s))
+
+
 @given(seeds, st.lists(st.integers(0, 3), min_size=2, max_size=7), temperatures)
 def test_identical_captions_are_each_others_positives(seed, ids, s):
-    x, y = embeddings(seed, len(ids))
-    assert contrastive_loss(x, y, s, torch.tensor(ids)).item() == pytest.approx(slow_duplicates(x, y, s, ids))
-    if len(set(ids)) < len(ids):  # control
-        assert contrastive_loss(x, y, s).item() != pytest.approx(slow_duplicates(x, y, s, ids))
+    check_contrastive(seed, ids, s)
 
 
-def test_class_names_can_reach_zero_with_duplicates_as_positives_and_1_9_a_direction_without():
+@pytest.mark.parametrize("wrong", [
+    lambda x, y, s, ids: F.cross_entropy(x @ y.T / s, torch.arange(len(x))),  # one direction only
+    lambda x, y, s, ids: contrastive_loss(x, y, s, ids) / 2,  # averaged as in CLIP
+    lambda x, y, s, ids: contrastive_loss(x, y, 1 / s, ids),  # multiplied by the temperature
+    lambda x, y, s, ids: contrastive_loss(x, y.roll(1, 0), s, ids),  # other pairs
+    lambda x, y, s, ids: contrastive_loss(x, y, s),  # identical captions as each other's negatives
+    lambda x, y, s, ids: contrastive_loss(x.float(), y.float(), s, ids),
+])
+def test_control_wrong_contrastive_losses_are_caught(wrong):
+    with fails:
+        check_contrastive(0, [0, 1, 2, 1, 3], 0.3, wrong)
+
+
+@given(seeds, st.integers(3, 7), temperatures, st.randoms())
+def test_contrastive_loss_is_unchanged_by_swapping_towers_or_permuting_pairs(seed, N, s, random):
+    x, y = embeddings(seed, N)
+    order = random.sample(range(N), N)
+    ids = torch.tensor([random.randrange(3) for _ in range(N)])
+    loss = contrastive_loss(x, y, s, ids)
+    torch.testing.assert_close(contrastive_loss(y, x, s, ids), loss)
+    torch.testing.assert_close(contrastive_loss(x[order], y[order], s, ids[order]), loss)
+    with fails:  # control: one side alone
+        torch.testing.assert_close(contrastive_loss(x.roll(1, 0), y, s), contrastive_loss(x, y, s))
+
+
+@given(seeds, st.integers(2, 6))
+def test_contrastive_loss_of_equal_embeddings_is_2_log_n_and_finite_at_extreme_temperatures(seed, N):
+    x, y = embeddings(seed, N).float()
+    assert contrastive_loss(x[:1].expand(N, -1), y[:1].expand(N, -1), 0.07).item() == pytest.approx(2 * math.log(N))
+    for s in (1e-6, 0.01, 1.0, 1e6):
+        x.requires_grad_().grad = None
+        loss = contrastive_loss(x, y, s)
+        loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all()
+
+
+def test_class_names_can_reach_0_with_identical_captions_as_positives_and_1_9_a_direction_without():
     """64 images of 10 classes, embedded perfectly."""
     labels = torch.arange(64) % 10
     perfect = torch.eye(10)[labels]
     assert contrastive_loss(perfect, perfect, 0.01, labels).item() == pytest.approx(0, abs=1e-4)
     assert contrastive_loss(perfect, perfect, 0.01).item() / 2 == pytest.approx(1.86, abs=0.01)
-
-
-@given(cases())
-def test_the_model_marks_identical_captions(case):
-    """Two images with one caption: the loss is that with ids, and not Eq. (2) with one-hot targets."""
-    model, images, tokens = case.model(), case.images(), case.tokens()
-    tokens[1] = tokens[0]
-    out = model(images, tokens)
-    ids = torch.tensor([0, 0, *range(1, len(tokens) - 1)])
-    con = model.losses(images, tokens).con
-    torch.testing.assert_close(con, contrastive_loss(out.image_embedding, out.text_embedding, model.temperature, ids))
-    assert not torch.isclose(con, contrastive_loss(out.image_embedding, out.text_embedding, model.temperature))
 
 
 # Eq. (3)
@@ -146,12 +122,16 @@ def test_captioning_loss_equals_equation_3(case):
     check_captioning(case)
 
 
+def plain(logits, tokens, **how):
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), **how)
+
+
 @pytest.mark.parametrize("wrong", [
-    lambda logits, tokens: F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=PAD),  # labels not shifted
-    lambda logits, tokens: F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()),  # padding counted
-    lambda logits, tokens: F.cross_entropy(logits[:, 1:].flatten(0, 1), tokens[:, :-1].flatten(), ignore_index=PAD),  # backwards
-    lambda logits, tokens: captioning_loss(logits, tokens) * (tokens[:, 1:] != PAD).sum() / tokens[:, 1:].numel(),  # mean over pads
-    lambda logits, tokens: captioning_loss(logits[:, :-2], tokens[:, :-2]),  # the last token left out
+    lambda logits, tokens: plain(logits, tokens, ignore_index=PAD),  # labels not shifted
+    lambda logits, tokens: plain(logits[:, :-1], tokens[:, 1:]),  # padding counted
+    lambda logits, tokens: plain(logits[:, 1:], tokens[:, :-1], ignore_index=PAD),  # backwards
+    lambda logits, tokens: captioning_loss(logits, tokens) * (tokens[:, 1:] != PAD).float().mean(),  # mean over pads
+    lambda logits, tokens: captioning_loss(logits[:, :-1], tokens[:, :-1]),  # the last token left out
 ])
 def test_control_wrong_captioning_losses_are_caught(wrong):
     with fails:
@@ -161,79 +141,89 @@ def test_control_wrong_captioning_losses_are_caught(wrong):
 @given(cases())
 def test_captioning_loss_of_flat_logits_is_log_v_and_pads_count_for_nothing(case):
     tokens = case.tokens(extra=2)
-    flat = torch.zeros(*tokens.shape, VOCAB)
-    assert captioning_loss(flat, tokens).item() == pytest.approx(math.log(VOCAB), rel=1e-5)
-    logits = torch.randn(flat.shape, requires_grad=True)
+    logits = torch.zeros(*tokens.shape, VOCAB, requires_grad=True)
     loss = captioning_loss(logits, tokens)
+    assert loss.item() == pytest.approx(math.log(VOCAB), rel=1e-5)
     grad, = torch.autograd.grad(loss, logits)
     has_target = F.pad(tokens[:, 1:] != PAD, (0, 1))
     assert ((grad.abs().sum(-1) > 0) == has_target).all()
-    garbage = torch.where(has_target[..., None], logits, 1e4)
-    assert torch.equal(captioning_loss(garbage, tokens), loss)
     assert captioning_loss(logits, torch.zeros_like(tokens)).item() == 0  # no target at all: 0, not NaN
 
 
-# Eq. (4) and one forward for both
+# Eq. (4), and one forward pass for both
+
+
+def check_total(model, case, lambda_con, lambda_cap):
+    """The total is that of the two losses of one forward pass, weighted."""
+    images, tokens = case.images(), case.tokens()
+    tokens[1] = tokens[0]  # two images with one caption
+    ids = torch.tensor([0, 0, *range(1, len(tokens) - 1)])
+    out, loss = model(images, tokens), model.losses(images, tokens)
+    assert out.logits.shape == (*tokens.shape, VOCAB)
+    cap = captioning_loss(out.logits, tokens)
+    con = contrastive_loss(out.image_embedding, out.text_embedding, model.temperature, ids)
+    torch.testing.assert_close(tuple(loss), (lambda_con * con + lambda_cap * cap, con, cap))
+    torch.testing.assert_close(model.embed_and_caption(images, tokens), (out.image_embedding, out.text_embedding, cap))
+    torch.testing.assert_close((model.encode_image(images), model.encode_text(tokens)), out[:2])
 
 
 @given(cases(), st.floats(0, 4), st.floats(0.1, 4))
-def test_the_total_is_linear_in_the_lambdas(case, lambda_con, lambda_cap):
-    model = case.model(lambda_con=lambda_con, lambda_cap=lambda_cap)
-    loss = model.losses(case.images(), case.tokens())
-    torch.testing.assert_close(loss.total, lambda_con * loss.con + lambda_cap * loss.cap)
-    default = case.model().losses(case.images(), case.tokens())
-    torch.testing.assert_close(default.total, default.con + 2 * default.cap)  # the paper's weights
-    torch.testing.assert_close((loss.con, loss.cap), (default.con, default.cap))
+def test_the_total_weighs_the_losses_of_one_forward_pass(case, lambda_con, lambda_cap):
+    check_total(case.model(lambda_con=lambda_con, lambda_cap=lambda_cap), case, lambda_con, lambda_cap)
+    check_total(case.model(), case, 1, 2)  # the paper's weights
 
 
-@given(cases())
-def test_losses_are_those_of_the_forward_pass(case):
-    model, images, tokens = case.model(), case.images(), case.tokens()
-    out, loss = model(images, tokens), model.losses(images, tokens)
-    assert out.logits.shape == (*tokens.shape, VOCAB)
-    torch.testing.assert_close(loss.cap, captioning_loss(out.logits, tokens))
-    torch.testing.assert_close(out.image_embedding, model.encode_image(images))
-    torch.testing.assert_close(out.text_embedding, model.encode_text(tokens))
+def test_control_other_weights_are_caught():
+    for wrong in ((2, 2), (1, 1)):
+        with fails:
+            check_total(CONTROL.model(), CONTROL, *wrong)
 
 
-@given(cases())
-def test_one_encoder_pass_serves_both_losses(case):
-    model = case.model()
-    with mock.patch.object(coca.ImageEncoder, "forward", autospec=True, side_effect=coca.ImageEncoder.forward) as encoder, \
-            mock.patch.object(coca.UnimodalDecoder, "forward", autospec=True, side_effect=coca.UnimodalDecoder.forward) as text:
-        model.losses(case.images(), case.tokens())
-    assert encoder.call_count == text.call_count == 1
-
-
-def gradients(model, loss):
+def trained_by(model, loss):
+    """Names of the parameters that the loss moves."""
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
-    return {name for (name, _), grad in zip(model.named_parameters(), grads) if grad is not None and grad.abs().max() > 1e-12}
+    names = [name for name, _ in model.named_parameters()]
+    return {name for name, grad in zip(names, grads) if grad is not None and grad.abs().max() > 1e-12}
+
+
+def check_every_parameter_has_a_use(model, case):
+    """The contrastive loss trains both towers up to [CLS], the captioning loss all but [CLS] and its pooler."""
+    losses = model.losses(case.images(torch.float64), case.tokens())
+    con, cap = trained_by(model, losses.con), trained_by(model, losses.cap)
+    idle = []
+    if case.n_query == 1:  # attention to a single token has no choice, so who asks does not matter
+        idle += ["cross_norm", "cross_attention.q."]
+        if case.pooler == "cascade":
+            idle += ["contrastive_pooler.query", "contrastive_pooler.attention.q."]
+    for name, _ in model.named_parameters():
+        assert (name in con | cap) != any(part in name for part in idle), name
+    shared = {"encoder", "unimodal"}
+    pooler = {"generative_pooler"} if case.n_query else set()
+    cascaded = pooler if case.pooler == "cascade" else set()
+    assert {name.split(".")[0] for name in con} == shared | cascaded | {"contrastive_pooler", "log_temperature"}
+    assert {name.split(".")[0] for name in cap} == shared | pooler | {"multimodal"}
+    assert {name for name in con ^ cap if name.startswith("encoder")} == set()
+    assert "unimodal.cls" in con - cap
 
 
 @given(cases(shortest=4))
-def test_each_loss_trains_its_parts_and_both_train_the_image_encoder(case):
-    """lambda_cap = 0 is a dual encoder, lambda_con = 0 an image captioner (Sec. 1); every parameter has a use."""
-    model, images, tokens = case.model(torch.float64), case.images(torch.float64), case.tokens()
-    losses = model.losses(images, tokens)
-    con, cap = (gradients(model, loss) for loss in (losses.con, losses.cap))
-    idle = set()
-    if case.n_query == 1:  # a single pooled token leaves attention to it no choice, so who asks does not matter
-        idle = {name for name, _ in model.named_parameters() if "norm2" in name} | {"contrastive_pooler.query"}
-    assert con | cap | idle == {name for name, _ in model.named_parameters()}
-    parts = lambda names: {name.split(".")[0] for name in names}  # noqa: E731
-    shared = {"encoder", "unimodal"} | ({"generative_pooler"} if case.n_query and case.pooler == "cascade" else set())
-    assert parts(con) == shared | {"contrastive_pooler", "log_temperature"}
-    assert parts(cap) == {"encoder", "unimodal", "multimodal"} | ({"generative_pooler"} if case.n_query else set())
-    assert {name for name in con if name.startswith("encoder")} == {name for name in cap if name.startswith("encoder")}
-    assert "unimodal.cls" in con and "unimodal.cls" not in cap
+def test_each_loss_trains_its_parts_and_every_parameter_has_a_use(case):
+    check_every_parameter_has_a_use(case.model(torch.float64), case)
+
+
+def test_control_a_parameter_without_use_is_caught():
+    model = CONTROL.model(torch.float64)
+    model.unimodal.unused = torch.nn.Parameter(torch.ones(3))
+    with fails:
+        check_every_parameter_has_a_use(model, CONTROL)
 
 
 @pytest.mark.parametrize("off, dead", [("lambda_cap", "multimodal"), ("lambda_con", "contrastive_pooler")])
-def test_a_lambda_of_zero_leaves_the_other_paradigm(off, dead):
+def test_a_lambda_of_0_leaves_a_dual_encoder_or_an_image_captioner(off, dead):
     model = CONTROL.model(**{off: 0.0})
     model.losses(CONTROL.images(), CONTROL.tokens()).total.backward()
     grads = [p.grad for p in getattr(model, dead).parameters()]
-    assert all(g is None or not g.any() for g in grads)
+    assert all(grad is None or not grad.any() for grad in grads)
     assert model.encoder.patches.weight.grad.any()
 
 
@@ -245,3 +235,43 @@ def test_the_last_token_of_a_full_caption_reaches_the_text_embedding_and_the_los
     full[1, -1] = 5
     before, after = model.losses(images, tokens), model.losses(images, full)
     assert before.con != after.con and before.cap != after.cap
+
+
+# Half precision
+
+
+def check_half_precision():
+    """Matrix products in bfloat16; norms, embeddings, similarities, temperature and losses in float32."""
+    model, images, tokens = CONTROL.model(), CONTROL.images(), CONTROL.tokens()
+    model.losses(images, tokens).total.backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    dtypes, products, cross_entropy = [], [], F.cross_entropy
+
+    def record(logits, *args, **how):
+        dtypes.append(logits.dtype)
+        return cross_entropy(logits, *args, **how)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, out: products.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(F, "cross_entropy", record):
+        image_embedding, text_embedding, _ = model.embed_and_caption(images, tokens)
+        losses = model.losses(images, tokens)
+        dtypes += [t.dtype for t in (image_embedding, text_embedding, model.temperature, *losses)]
+    losses.total.backward()
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert set(products) == {torch.bfloat16} and set(dtypes) == {torch.float32}
+    assert got.isfinite().all() and F.cosine_similarity(got, exact, dim=0) > 0.99
+    assert not torch.equal(got, exact)
+
+
+def test_half_precision_leaves_norms_similarities_and_losses_in_float32():
+    check_half_precision()
+
+
+def test_control_losses_in_half_precision_are_caught():
+    with mock.patch.object(coca, "at_least_float32", lambda x: x.bfloat16()), fails:
+        check_half_precision()

@@ -1,0 +1,255 @@
+"""What measures rather than serves: speed, memory and growth on this machine, and how well de-duplication finds copies.
+
+    python tests/bench.py step --config bench-tiny bench-small        a training step, memory kept for backward, captioning
+    python tests/bench.py grow --config bench-tiny                    how a step grows with batch, image, text and vocabulary
+    python tests/bench.py contrastive --pairs 4096 16384 --processes 1 2 4    Eq. (2) shared by processes of one thread each
+    python tests/bench.py dedup --data cifar10 --data-dir DIR         planted copies: recall, precision, seconds
+
+pytest does not collect this file. Seconds depend on the machine; what is compared is timed in turn.
+"""
+import argparse
+import dataclasses
+import io
+import math
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from coca import BEGIN, CONFIGS, END, PAD, CoCa
+from data import NAMES, UserError, load, near_duplicates, pillow
+from eval import pick_device
+from train import add_up, contrastive_backward, half_precision, make_optimizer
+
+BATCH = {"bench-tiny": 64, "bench-small": 32, "tiny": 128}
+
+
+def timed(function, repeats=5):
+    """Median seconds of a call, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def synthetic(config, batch, device):
+    """Random images, and captions of random words with lengths uniform in [L/4, L]."""
+    generator = torch.Generator().manual_seed(0)
+    L, V = config.text_len, config.vocab_size
+    lengths = torch.randint(L // 4, L + 1, (batch, 1), generator=generator)
+    tokens = torch.randint(4, V, (batch, L), generator=generator)
+    tokens[:, 0] = BEGIN
+    places = torch.arange(L)
+    tokens = torch.where(places == lengths - 1, END, tokens).where(places < lengths, PAD)
+    images = torch.rand(batch, 3, config.image_size, config.image_size, generator=generator) * 2 - 1
+    return images.to(device), tokens[:, :lengths.max()].to(device)
+
+
+def training_step(config, batch, device):
+    """-> a model, and a function that trains it one step."""
+    model = CoCa(config).to(device)
+    optimizer, autocast = make_optimizer(model), half_precision(device)
+    images, tokens = synthetic(config, batch, device)
+
+    def step():
+        optimizer.zero_grad()
+        with autocast:
+            loss = model.losses(images, tokens)
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return model, step
+
+
+def bytes_kept(config, batch, device, recompute):
+    """Bytes that a forward pass keeps for backward, weights apart."""
+    model = CoCa(config).to(device)
+    if recompute:
+        model.recompute_activations()
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.losses(*synthetic(config, batch, device))
+    return sum(size for address, size in kept.items() if address not in weights)
+
+
+def bench_step(name, device):
+    config, batch = CONFIGS[name], BATCH.get(name, 64)
+    kind = torch.bfloat16 if half_precision(device)._enabled else torch.float32
+    a, b = torch.randn(2, 4096, 4096, device=device, dtype=kind)
+    product = torch.empty_like(a)
+    peak = 2 * 4096**3 / timed(lambda: torch.mm(a, b, out=product))
+    model, step = training_step(config, batch, device)
+    seconds = timed(step)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
+        step()
+    flops = counter.get_total_flops()
+    print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, "
+          f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})")
+    print(f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, "
+          f"{flops / 1e9:,.1f} GFLOP of matrix products, {flops / seconds / peak:.0%} of peak")
+    plain, less = (bytes_kept(config, batch, device, recompute) / 2**20 for recompute in (False, True))
+    print(f"  kept for backward {plain:,.0f} MiB, with --grad-checkpoint {less:,.0f} MiB")
+    with torch.no_grad():
+        model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
+    for count in (1, 16, 64):
+        images, _ = synthetic(config, count, device)
+        speed = count * (config.text_len - 1) / timed(lambda: model.generate(images), 3)  # noqa: B023
+        print(f"  captioning {count} images: {speed:,.0f} tokens/s, greedy")
+
+
+def bench_growth(name, device):
+    """Milliseconds of a step at half, once and twice each size, timed in turn."""
+    config, batch = CONFIGS[name], BATCH.get(name, 64)
+    for what in ("batch", "image_size", "text_len", "vocab_size"):
+        base = batch if what == "batch" else getattr(config, what)
+        sizes, steps = [base // 2, base, base * 2], []
+        for size in sizes:
+            changed = config if what == "batch" else dataclasses.replace(config, **{what: size})
+            steps.append(training_step(changed, size if what == "batch" else batch, device)[1])
+        times = [[timed(step, 1) for step in steps] for _ in range(3)]
+        medians = [statistics.median(column) for column in zip(*times)]
+        power = math.log2(medians[2] / medians[1])
+        if what == "image_size":  # twice the side: four times the tokens
+            power, what = power / 2, "image tokens"
+            sizes = [(size // config.patch_size) ** 2 for size in sizes]
+        row = ", ".join(f"{size}: {seconds * 1e3:,.0f} ms" for size, seconds in zip(sizes, medians))
+        print(f"  {what:12} {row}; grows with the power {power:.2f}")
+
+
+def contrastive_worker(rank, world, port, N, E):
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = CoCa(CONFIGS["tiny"])  # for its temperature and weights
+    x, y = F.normalize(torch.randn(2, N, E), dim=-1)
+    x.requires_grad_()
+    y.requires_grad_()
+    rows = slice(N * rank // world, N * (rank + 1) // world)
+    began, cpu = time.perf_counter(), time.process_time()
+    loss = contrastive_backward(model, x, y, torch.arange(N), rows)
+    cpu = time.process_time() - cpu  # of the loss itself: the additions below wait for each other
+    add_up([x.grad, y.grad, loss], world)
+    if rank == 0:
+        seconds = time.perf_counter() - began
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(f"{N:6,} pairs of {E}, {world} processes: {cpu:7.1f} CPU seconds and {memory / 2**30:.2f} GiB in each, "
+              f"{seconds:6.1f} s; loss {loss:.4f}, gradient norm {x.grad.norm():.6f}", flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def bench_contrastive(pairs, processes, E=512):
+    for N in pairs:
+        for world in processes:
+            mp.spawn(contrastive_worker, (world, random.randint(20_000, 60_000), N, E), world)
+
+
+# ------------------------------------------------------------------------------------------------
+# De-duplication
+
+
+def plant_copies(images, rng):
+    """Images (N, 3, S, S) as their copies are found in the wild -> {kind: (N, 3, S, S)}."""
+    Image, S = pillow(), images.shape[-1]
+
+    def encode_again(image):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=50)
+        return Image.open(file)
+
+    def resize(image):
+        return image.resize((S * 3 // 4, S * 3 // 4)).resize((S, S))
+
+    def crop(image):
+        side = round(S * rng.uniform(0.88, 1))
+        left, top = rng.integers(0, S - side + 1, 2)
+        box = (left, top, left + side, top + side)
+        return image.crop(box).resize((S, S), Image.Resampling.BICUBIC)
+
+    def brighten(image):
+        contrast, shift = rng.uniform(0.8, 1.2), rng.uniform(-30, 30)
+        return image.point(lambda value: contrast * value + shift)
+
+    def mirror(image):
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+    kinds = {"re-encoded": encode_again, "resized": resize, "cropped": crop, "brightness": brighten, "mirrored": mirror}
+    copies = {}
+    for kind, change in kinds.items():
+        changed = [np.asarray(change(Image.fromarray(x.transpose(1, 2, 0)))).transpose(2, 0, 1) for x in images]
+        copies[kind] = np.stack(changed)
+    return copies
+
+
+def bench_dedup(name, data_dir, size, mirrored):
+    """Prints recall of planted copies, precision, and seconds."""
+    data, evaluation = load(name, data_dir, "train", size), load(name, data_dir, "val", size)
+    planted = plant_copies(evaluation.images[:1000], np.random.default_rng(0))
+    n = len(planted["mirrored"])
+    images = np.concatenate([data.images, *planted.values()])
+    began = time.perf_counter()
+    nearest, similarity, _ = near_duplicates(images, evaluation.images, 0.9, mirrored)
+    seconds = time.perf_counter() - began
+    right = nearest[len(data):].reshape(-1, n) == np.arange(n)
+    print("threshold  precision  recall: " + "  ".join(planted))
+    for threshold in (0.9, 0.92, 0.94, 0.95, 0.955, 0.96, 0.97, 0.98, 0.99):
+        found = similarity > threshold
+        hits = right & found[len(data):].reshape(-1, n)
+        shares = " ".join(f"{recall:10.1%}" for recall in hits.mean(1))
+        print(f"{threshold:9} {hits.sum() / found.sum():10.1%}          {shares}")
+    print("(precision: other training images found count as wrong, though some are real copies)")
+    print(f"{len(images):,} images against {len(evaluation):,}: {seconds:.1f} s")
+
+
+def main():
+    p = argparse.ArgumentParser(usage="python tests/bench.py WHAT [options]", description=__doc__.split("\n")[0])
+    p.add_argument("what", choices=["step", "grow", "contrastive", "dedup"])
+    p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"])
+    p.add_argument("--device", default="auto")
+    p.add_argument("--pairs", nargs="+", type=int, default=[4096])
+    p.add_argument("--processes", nargs="+", type=int, default=[1])
+    p.add_argument("--data", choices=NAMES, default="shapes")
+    p.add_argument("--data-dir")
+    p.add_argument("--size", type=int, default=32, help="pixels a side of images to compare")
+    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
+    args = p.parse_args()
+    if args.what == "contrastive":
+        bench_contrastive(args.pairs, args.processes)
+    elif args.what == "dedup":
+        bench_dedup(args.data, args.data_dir, args.size, args.mirrored)
+    else:
+        for name in args.config:
+            (bench_step if args.what == "step" else bench_growth)(name, pick_device(args.device))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,143 @@
+"""Exact gradients of the whole batch however it is cut: into parts, over processes, with activations recomputed."""
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import Case, cases, fails
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from coca import PAD
+from train import large_batch_backward
+
+BATCH = Case(seed=3, lengths=[6, 9, 4, 3, 5, 9, 7], pooler="cascade", n_query=3)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def whole(case, tokens=None, **changes):
+    """Gradients and losses of Eq. (4), in one piece."""
+    model = case.model(torch.float64, **changes)
+    loss = model.losses(case.images(torch.float64), case.tokens() if tokens is None else tokens)
+    loss.total.backward()
+    return gradients(model), loss.con.detach(), loss.cap.detach()
+
+
+def in_parts(model, images, tokens, accum):
+    return large_batch_backward(model, images, tokens, accum, [len(images)], 0, contextlib.nullcontext())
+
+
+def naive(model, images, tokens, accum):
+    """What is usually done: the mean of the parts' losses."""
+    losses = [model.losses(*part) for part in zip(images.chunk(accum), tokens.chunk(accum))]
+    con, cap = (sum(loss[i] for loss in losses) / len(losses) for i in (1, 2))
+    (con + 2 * cap).backward()
+    return con.detach(), cap.detach()
+
+
+def check_parts(case, accum, how=in_parts, repeat=False):
+    model, tokens = case.model(torch.float64), case.tokens()
+    if repeat:
+        tokens = tokens[:1].expand(len(tokens), -1)
+    losses = how(model, case.images(torch.float64), tokens, accum)
+    torch.testing.assert_close((gradients(model), *losses), whole(case, tokens))
+
+
+@given(cases(rows=7), st.integers(1, 7), st.booleans())
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(case, accum, repeat):
+    """Also where parts hold the same caption: it is its positive across parts."""
+    check_parts(case, accum, repeat=repeat)
+
+
+def test_control_naive_accumulation_is_caught():
+    check_parts(BATCH, 1, naive)
+    for repeat in (False, True):
+        with fails:
+            check_parts(BATCH, 3, naive, repeat)
+
+
+@given(cases(rows=7), st.integers(1, 30))
+def test_similarities_in_blocks_of_rows_have_the_gradient_of_the_whole(case, block):
+    with mock.patch.object(train, "BLOCK", block):
+        check_parts(case, 2)
+
+
+def check_recomputed(case, recompute=True):
+    """Recomputing blocks in backward leaves less in memory between the passes, and the same gradient."""
+    def held():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            return kept, model.losses(case.images(torch.float64), case.tokens())
+
+    model = case.model(torch.float64)
+    usual, _ = held()
+    if recompute:
+        model.recompute_activations()
+    kept, loss = held()
+    loss.total.backward()
+    assert len(kept) < 0.6 * len(usual)
+    torch.testing.assert_close((gradients(model), loss.con.detach(), loss.cap.detach()), whole(case))
+
+
+@given(cases())
+def test_recomputed_activations_take_less_memory_and_give_the_same_gradient(case):
+    check_recomputed(case)
+
+
+def test_control_activations_that_are_kept_are_caught():
+    with fails:
+        check_recomputed(BATCH, recompute=False)
+
+
+# Several processes
+
+TOKENS = BATCH.tokens()[[0, 1, 2, 3, 4, 1, 6]]  # of 7 captions two are the same, and meet in different processes
+VARIANTS = [dict(), dict(lambda_cap=0), dict(lambda_con=0), dict(pooler="parallel"), dict(n_query=0)]
+WAYS = [(accum, changes) for accum in (1, 2) for changes in VARIANTS]
+
+
+def worker(rank, path):
+    """One of 2 processes, then one of 3: its part of the batch in every variant; what it got goes into a file."""
+    torch.set_num_threads(1)
+    for world in range(max(2, rank + 1), 4):
+        dist.init_process_group("gloo", f"file://{path}/store{world}", rank=rank, world_size=world)
+        sizes = [len(TOKENS) // world + (r < len(TOKENS) % world) for r in range(world)]
+        own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
+        images, tokens = BATCH.images(torch.float64)[own], TOKENS[own]
+        tokens = tokens[:, :int((tokens != PAD).sum(1).max())]  # each process pads to its own longest
+        results = []
+        for accum, changes in WAYS:
+            model, work, contrast = BATCH.model(torch.float64, **changes), [], train.contrast
+            if "pooler" in changes:
+                model.recompute_activations()
+
+            def record(anchors, candidates, *args, work=work, contrast=contrast):
+                work.append(len(anchors) * len(candidates))
+                return contrast(anchors, candidates, *args)
+
+            with mock.patch.object(train, "contrast", record):
+                losses = large_batch_backward(model, images, tokens, accum, sizes, rank, contextlib.nullcontext())
+            results.append((gradients(model), *losses, sum(work)))
+        torch.save(results, f"{path}/{world}-{rank}.pt")
+        dist.destroy_process_group()
+
+
+def test_processes_have_the_gradient_of_one_on_the_whole_batch_and_share_its_work(tmp_path):
+    mp.spawn(worker, (tmp_path,), 3)
+    expected = [whole(BATCH, TOKENS, **changes) for _, changes in WAYS]
+    for world, rows in ((2, [4, 3]), (3, [3, 2, 2])):
+        for rank in range(world):
+            results = torch.load(tmp_path / f"{world}-{rank}.pt")
+            for (*got, work), right in zip(results, expected):
+                torch.testing.assert_close(tuple(got), right, check_dtype=False)
+                assert work == 2 * rows[rank] * 7  # of 2 N N similarities, those of its own rows
+    model = BATCH.model(torch.float64)
+    naive(model, BATCH.images(torch.float64), TOKENS, 3)
+    with fails:  # control: each process with a loss of its own
+        torch.testing.assert_close(gradients(model), expected[0][0])
