@@ -104,14 +104,15 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     stand for the evaluation images.
     """
     if val_from_train and (split in ("train", "val") or name != "shapes"):
-        data = load(name, data_dir, "train", size, subset, seed, download)
+        data = load(name, data_dir, "train", size, 0, seed, download)
         if val_from_train >= len(data):
             raise UserError(f"--val-from-train {val_from_train}, but there are {len(data)} images; "
                             "ask for fewer")
         order = np.random.default_rng(1).permutation(len(data))
-        apart = order[:val_from_train]
-        others = order[val_from_train:]
-        return select(data, np.sort(others if split in ("train", "labelled") else apart))
+        if split not in ("train", "labelled"):
+            return select(data, np.sort(order[:val_from_train]))
+        rest = np.sort(order[val_from_train:])
+        return select(data, take(rest, subset if split == "train" else 0, data_dir or name))
     if name == "shapes":
         return shapes(split, size, subset, seed)
     if not data_dir:
@@ -129,7 +130,7 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
         raise UserError(f"{data_dir}: no such folder; --data-dir must hold your {name} data")
     if name == "coco":
         return coco(data_dir, split, size, subset)
-    return captions(data_dir, split, size, subset)
+    return captions_file(data_dir, split, size, subset)
 
 
 def take(items, subset, source):
@@ -659,7 +660,7 @@ def coco(data_dir, split, size, subset):
     return captioned_images(texts, size, subset, f"coco-{split}", annotations)
 
 
-def captions(data_dir, split, size, subset):
+def captions_file(data_dir, split, size, subset):
     tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
     table = next((path for path in tables if path.exists()), tables[0])
     text = read_text(table, "--data-dir must hold captions.txt or a .csv: image,caption")

@@ -687,8 +687,8 @@ def print_scores(scores, examples=1):
     for name, value in scores.items():
         if not isinstance(value, dict) or name.endswith(("R@5", "BLEU-1", "BLEU-2", "BLEU-3")):
             continue
-        score = number(name, value["score"])
-        chance = number(name, value["chance"])
+        score = as_text(name, value["score"])
+        chance = as_text(name, value["chance"])
         seconds = f"{value['seconds']:9.1f}" if "seconds" in value else ""
         print(f"{name:40}{score:>9}{chance:>9}{seconds}")
     if scores.get("unknown words"):
@@ -697,7 +697,7 @@ def print_scores(scores, examples=1):
         print(f"  generated: {pair['generated']}\n       true: {pair['true'][0]}")
 
 
-def number(name, value):
+def as_text(name, value):
     """A score as it is printed: a share in per cent, CIDEr-D, which is none, as it is."""
     return f"{value:.3f}" if name == "CIDEr-D" else f"{value:.2%}"
 
@@ -955,8 +955,8 @@ def scores_section(context, scores):
     rows = []
     for task, value in scores.items():
         if isinstance(value, dict):
-            shown = tinted(value["score"], number(task, value["score"]), "bar")
-            rows.append([task, shown, number(task, value["chance"])])
+            shown = tinted(value["score"], as_text(task, value["score"]), "bar")
+            rows.append([task, shown, as_text(task, value["chance"])])
     title = f"{context.settings['data']}, {len(context.val):,} validation images"
     return [table(title, ["task", "score", "chance"], rows)]
 

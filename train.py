@@ -337,8 +337,8 @@ def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
     with torch.no_grad(), autocast:
         x = torch.cat([model.encode_image(image) for image, _ in parts])  # (n, E)
         y = torch.cat([model.encode_text(text) for _, text in parts])   # (n, E)
-    x = gather(x, first, N)
-    y = gather(y, first, N)                     # (N, E) each
+    x = gather(x, first, N)                                             # (N, E)
+    y = gather(y, first, N)                                             # (N, E)
     padded = F.pad(tokens, (0, config.text_len - tokens.shape[1]))      # (n, text_len)
     ids = number_captions(gather(padded, first, N))                     # (N,)
 
@@ -452,7 +452,9 @@ class Run:
         """checkpoint.pt, and metrics.csv written anew from its rows: they cannot disagree."""
         began = time.time()
         if self.rows:
-            self.rows[-1][-2:] = self.validate()
+            val_con, val_cap = self.validate()
+            self.check_finite("validation", val_con=val_con, val_cap=val_cap)
+            self.rows[-1][-2:] = val_con, val_cap
         metrics = torch.tensor(self.rows, dtype=torch.float64).reshape(-1, len(METRICS))
         save_checkpoint(self.out / "checkpoint.pt", self.model, self.tokenizer,
                         settings=self.settings, step=len(self.rows), metrics_names=METRICS,
@@ -536,7 +538,7 @@ def train(run, batches, save_every, sizes, rank):
         run.check_finite(f"step {step + 1}", loss_con=con, loss_cap=cap, gradient_norm=norm)
         stopped = stop.asked(world, run.device)
         if rank == 0 and (stopped or step % save_every == 0 or run.overdue()):
-            run.save()  # here, as these weights have just given finite losses
+            run.save()  # here, where these weights have just given finite losses
         if stopped:
             end(run, stopped, f"step {step}", rank)
         optimizer.step()
@@ -545,8 +547,6 @@ def train(run, batches, save_every, sizes, rank):
                          time.time() - began, math.nan, math.nan])
         bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
     if rank == 0:
-        val_con, val_cap = run.validate()
-        run.check_finite("after the last step", val_con=val_con, val_cap=val_cap)
         run.save()
     stop.release()
     if stop.signal:

@@ -1,11 +1,12 @@
-"""What measures rather than serves: speed, memory and growth on this machine, and how well de-duplication finds copies.
+"""What measures rather than serves: speed, memory and growth, and how well copies are found.
 
-    python tests/bench.py step --config bench-tiny bench-small        a training step, memory kept for backward, captioning
-    python tests/bench.py grow --config bench-tiny                    how a step grows with batch, image, text and vocabulary
-    python tests/bench.py contrastive --pairs 4096 16384 --processes 1 2 4    Eq. (2) shared by processes of one thread each
-    python tests/bench.py dedup --data cifar10 --data-dir DIR         planted copies: recall, precision, seconds
+    python tests/bench.py step --config bench-tiny bench-small   a training step, memory, captioning
+    python tests/bench.py grow --config bench-tiny               a step of half and twice the sizes
+    python tests/bench.py contrastive --pairs 4096 16384 --processes 1 2 4      Eq. (2), shared
+    python tests/bench.py dedup --data cifar10 --data-dir DIR    planted copies: recall, precision
 
-pytest does not collect this file. Seconds depend on the machine; what is compared is timed in turn.
+pytest does not collect this file. Seconds depend on the machine; what is compared is timed in
+turn. Processes have one thread each. Linux and macOS only.
 """
 import argparse
 import dataclasses
@@ -104,20 +105,23 @@ def bench_step(name, device):
     peak = 2 * 4096**3 / timed(lambda: torch.mm(a, b, out=product))
     model, step = training_step(config, batch, device)
     seconds = timed(step)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
+    # The CPU's fused kernel is not counted, so attention is written out for this step
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
     flops = counter.get_total_flops()
     print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, "
           f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})")
     print(f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, "
           f"{flops / 1e9:,.1f} GFLOP of matrix products, {flops / seconds / peak:.0%} of peak")
-    plain, less = (bytes_kept(config, batch, device, recompute) / 2**20 for recompute in (False, True))
+    plain, less = (bytes_kept(config, batch, device, recompute) / 2**20
+                   for recompute in (False, True))
     print(f"  kept for backward {plain:,.0f} MiB, with --grad-checkpoint {less:,.0f} MiB")
     with torch.no_grad():
         model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
     for count in (1, 16, 64):
         images, _ = synthetic(config, count, device)
-        speed = count * (config.text_len - 1) / timed(lambda: model.generate(images), 3)  # noqa: B023
+        seconds = timed(lambda: model.generate(images), 3)  # noqa: B023 - called at once
+        speed = count * (config.text_len - 1) / seconds
         print(f"  captioning {count} images: {speed:,.0f} tokens/s, greedy")
 
 
@@ -157,9 +161,11 @@ def contrastive_worker(rank, world, port, N, E):
     add_up([x.grad, y.grad, loss], world)
     if rank == 0:
         seconds = time.perf_counter() - began
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(f"{N:6,} pairs of {E}, {world} processes: {cpu:7.1f} CPU seconds and {memory / 2**30:.2f} GiB in each, "
-              f"{seconds:6.1f} s; loss {loss:.4f}, gradient norm {x.grad.norm():.6f}", flush=True)
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        print(f"{N:6,} pairs of {E}, {world} processes: {cpu:7.1f} CPU seconds and {memory:.2f} GiB "
+              f"in each, {seconds:6.1f} s; loss {loss:.4f}, gradient norm {x.grad.norm():.6f}",
+              flush=True)
     if world > 1:
         dist.destroy_process_group()
 
@@ -199,10 +205,12 @@ def plant_copies(images, rng):
     def mirror(image):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
-    kinds = {"re-encoded": encode_again, "resized": resize, "cropped": crop, "brightness": brighten, "mirrored": mirror}
+    kinds = {"re-encoded": encode_again, "resized": resize, "cropped": crop, "brightness": brighten,
+             "mirrored": mirror}
     copies = {}
     for kind, change in kinds.items():
-        changed = [np.asarray(change(Image.fromarray(x.transpose(1, 2, 0)))).transpose(2, 0, 1) for x in images]
+        changed = [np.asarray(change(Image.fromarray(x.transpose(1, 2, 0)))).transpose(2, 0, 1)
+                   for x in images]
         copies[kind] = np.stack(changed)
     return copies
 
@@ -228,7 +236,8 @@ def bench_dedup(name, data_dir, size, mirrored):
 
 
 def main():
-    p = argparse.ArgumentParser(usage="python tests/bench.py WHAT [options]", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(usage="python tests/bench.py WHAT [options]",
+                                description=__doc__.split("\n")[0])
     p.add_argument("what", choices=["step", "grow", "contrastive", "dedup"])
     p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"])
     p.add_argument("--device", default="auto")

@@ -10,7 +10,8 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# deadline=None: torch's first call takes longer than hypothesis allows. HYPOTHESIS_PROFILE=heavy for a long run.
+# deadline=None: torch's first call takes longer than hypothesis allows.
+# HYPOTHESIS_PROFILE=heavy for a long run.
 settings.register_profile("default", deadline=None, max_examples=15)
 settings.register_profile("heavy", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

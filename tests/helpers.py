@@ -28,12 +28,13 @@ class Case:
     n_query: int
 
     def config(self, **changes):
-        sizes = dict(image_size=8, patch_size=4, width=16, heads=2, encoder_layers=1, n_uni=2, n_multi=2,
-                     n_query=self.n_query, pooler=self.pooler, vocab_size=VOCAB, text_len=TEXT_LEN)
+        sizes = dict(image_size=8, patch_size=4, width=16, heads=2, encoder_layers=1, n_uni=2,
+                     n_multi=2, n_query=self.n_query, pooler=self.pooler, vocab_size=VOCAB,
+                     text_len=TEXT_LEN)
         return CoCaConfig(**{**sizes, **changes})
 
     def model(self, dtype=torch.float32, **changes):
-        """A model none of whose parameters is at a special value (a zero bias would hide what it multiplies)."""
+        """No parameter is at a special value (a zero bias would hide what it multiplies)."""
         torch.manual_seed(self.seed)
         model = CoCa(self.config(**changes)).to(dtype)
         with torch.no_grad():
@@ -47,7 +48,7 @@ class Case:
         return torch.rand(len(self.lengths), 3, 8, 8, generator=generator, dtype=dtype) * 2 - 1
 
     def tokens(self, extra=0):
-        """Right-padded captions; `extra` more columns of padding than the longest needs, up to text_len."""
+        """Right-padded captions; up to `extra` more columns of padding than the longest needs."""
         generator = torch.Generator().manual_seed(self.seed + 2)
         columns = min(TEXT_LEN, max(self.lengths) + extra)
         tokens = torch.full((len(self.lengths), columns), PAD)
@@ -60,10 +61,12 @@ class Case:
 def cases(shortest=3, longest=TEXT_LEN, rows=3):
     lengths = st.lists(st.integers(shortest, longest), min_size=2, max_size=rows)
     return st.builds(Case, seed=st.integers(0, 10_000), lengths=lengths,
-                     pooler=st.sampled_from(["cascade", "parallel"]), n_query=st.sampled_from([0, 1, 3]))
+                     pooler=st.sampled_from(["cascade", "parallel"]),
+                     n_query=st.sampled_from([0, 1, 3]))
 
 
-CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)  # on which a broken model must be caught
+# On which a broken model must be caught
+CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)
 
 
 # Looking into a model
@@ -73,7 +76,8 @@ CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)  # on whi
 def recorded_weights():
     """Yields a list that gets (causal, weights) of every attention from now on, in order.
 
-    Attention to values that are an identity matrix gives the weights themselves: those of the fused kernel.
+    Attention to values that are an identity matrix gives the weights themselves, and those are the
+    fused kernel's.
     """
     record, kernel = [], F.scaled_dot_product_attention
 
@@ -87,7 +91,7 @@ def recorded_weights():
 
 
 def record_embedding(model):
-    """A list that gets the token embeddings (B, L, D) of every text from now on, as leaves to take gradients at."""
+    """A list that gets the token embeddings (B, L, D) of every text, as leaves for gradients."""
     record = []
 
     def hook(module, args, out):
@@ -101,27 +105,33 @@ def record_embedding(model):
 # Models broken on purpose
 
 
-def wrong_mask(diagonal):
-    """torch's fused attention, but position i may look at keys up to i + diagonal (0 would be right; None: all)."""
+def other_mask(mask):
+    """Fused attention with another mask than the causal: mask(L), True = may look, or numbers."""
     kernel = F.scaled_dot_product_attention
 
     def attend(q, k, v, is_causal=False):
-        mask = None
-        if is_causal and diagonal is not None:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal)
-            mask[:, 0] = True  # a row without any key would be NaN, and caught too cheaply
-        return kernel(q, k, v, attn_mask=mask)
+        return kernel(q, k, v, attn_mask=mask(len(q[0, 0])) if is_causal else None)
 
     return mock.patch.object(F, "scaled_dot_product_attention", attend)
 
 
+def wrong_mask(diagonal):
+    """Token i may look up to i + diagonal (0 would be right, 99 is no mask), and at the first."""
+    def mask(L):
+        allowed = torch.ones(L, L, dtype=torch.bool).tril(diagonal)
+        allowed[:, 0] = True  # a row without any key would be NaN, and caught too cheaply
+        return allowed
+
+    return other_mask(mask)
+
+
 def cls_behind_the_padding():
-    """What two public implementations do: [CLS] after the padded length, its key mask shifted by one to the right."""
+    """What two public implementations do: [CLS] after the padding, the key mask shifted by one."""
     def forward(self, tokens):
         B, L = tokens.shape
         kernel = F.scaled_dot_product_attention
         x = torch.cat([self.token(tokens) + self.position[:L], self.cls.expand(B, 1, -1)], 1)
-        may = F.pad(tokens != PAD, (1, 0), value=True)  # the shift: a key is hidden if the one before it is padding
+        may = F.pad(tokens != PAD, (1, 0), value=True)  # the shift: hides what comes after padding
         mask = may[:, None, None] & torch.ones(L + 1, L + 1, dtype=torch.bool).tril()
 
         def attend(q, k, v, is_causal):

@@ -1,5 +1,5 @@
-"""De-duplication: copies as found in the wild are found, unlike images are not, and the search misses no pair."""
-import dataclasses
+"""De-duplication: copies as found in the wild are found and nothing else, and the search misses no pair."""
+import itertools
 from unittest import mock
 
 import numpy as np
@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 
 import data as data_file
 import train
-from data import Dataset, UserError, main, near_duplicates, resize, shapes, thumbnails, without_duplicates
+from data import (
+    Dataset,
+    UserError,
+    main,
+    near_duplicates,
+    resize,
+    shapes,
+    thumbnails,
+    without_duplicates,
+)
 
 
 def pictures(seed, n, size=32):
-    """Random smooth colour pictures: waves of low frequency, so that each looks like a picture and like no other."""
+    """Random smooth colour pictures: waves of low frequency, each like no other."""
     rng = np.random.default_rng(seed)
     places = np.arange(size) / size
     x = np.zeros((n, 3, size, size))
@@ -74,47 +83,44 @@ def test_thumbnails_forget_brightness_and_contrast(seed, contrast, shift):
 # Against a plain loop over all pairs
 
 
-def loop(images, evaluation, threshold, mirrored, shares=(1, 0.95, 0.9)):
-    """All crops of all evaluation images against all images, one pair at a time -> as near_duplicates."""
+def parts_of(image):
+    """The image (3, 32, 32), then 13 crops of 95 and 90 % of its sides."""
+    parts = [image]
+    for side, places in ((30, (0, 2)), (29, (0, 2, 3))):
+        for top, left in itertools.product(places, places):
+            parts.append(image[:, top:top + side, left:left + side])
+    return parts
+
+
+def check_loop(seed, n, threshold, mirrored, parts=14):
+    evaluation = pictures(seed, 2)
+    crops = [resize(part[None], 32) for part in parts_of(evaluation[0])]
+    images = np.concatenate([pictures(seed + 1, n), *crops])
     which, similarity = np.full(len(images), -1), np.zeros(len(images))
-    copied = np.zeros(len(evaluation), bool)
-    S = evaluation.shape[-1]
+    copied = np.zeros(2, bool)
     for j, image in enumerate(evaluation):
-        crops = []
-        for share in shares:
-            side = round(share * S)
-            for y in {1: [0], 0.95: [0, 1], 0.9: [0, 0.5, 1]}[share]:
-                for x in {1: [0], 0.95: [0, 1], 0.9: [0, 0.5, 1]}[share]:
-                    top, left = round(y * (S - side)), round(x * (S - side))
-                    crops.append(image[:, top:top + side, left:left + side])
-        for crop in crops + [crop[..., ::-1] for crop in crops if mirrored]:
-            probe = thumbnails(crop[None])[0]
-            for i, own in enumerate(thumbnails(images)):
-                cosine = float(own @ probe)
-                copied[j] |= cosine > threshold
-                if cosine > max(threshold, similarity[i]):
-                    which[i], similarity[i] = j, cosine
-    return which, similarity, copied
-
-
-def check_loop(seed, n, m, threshold, mirrored, **how):
-    images, evaluation = pictures(seed, n), pictures(seed + 1, m)
-    images[0] = resize(evaluation[:1, :, 2:31, 2:31], 32)[0]  # a cropped copy
-    wanted = loop(images, evaluation, threshold, mirrored, **how)
+        probes = parts_of(image)[:parts]
+        if mirrored:
+            probes += [part[..., ::-1] for part in probes]
+        for probe, (i, own) in itertools.product(probes, enumerate(images)):
+            cosine = float(thumbnails(own[None])[0] @ thumbnails(probe[None])[0])
+            copied[j] |= cosine > threshold
+            if cosine > max(threshold, similarity[i]):
+                which[i], similarity[i] = j, cosine
     found = near_duplicates(images, evaluation, threshold, mirrored)
-    assert np.allclose(found[1], wanted[1], atol=1e-5) and (found[2] == wanted[2]).all()
-    assert ((found[0] >= 0) == (wanted[0] >= 0)).all()
+    assert (found[0] == which).all() and (found[2] == copied).all()
+    assert np.allclose(found[1], similarity, atol=1e-5)
 
 
-@settings(max_examples=8)
-@given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 5), st.sampled_from([0.3, 0.6, 0.99]), st.booleans())
-def test_the_search_finds_what_a_loop_over_all_pairs_finds(seed, n, m, threshold, mirrored):
-    check_loop(seed, n, m, threshold, mirrored)
+@settings(max_examples=5)
+@given(st.integers(0, 1000), st.integers(1, 4), st.sampled_from([0.3, 0.9, 0.99]), st.booleans())
+def test_the_search_finds_what_a_loop_over_all_pairs_finds(seed, n, threshold, mirrored):
+    check_loop(seed, n, threshold, mirrored)
 
 
 def test_control_a_loop_without_the_crops_finds_less():
     with fails:
-        check_loop(0, 6, 5, 0.99, False, shares=(1,))
+        check_loop(0, 4, 0.99, False, parts=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -123,7 +129,7 @@ def test_control_a_loop_without_the_crops_finds_less():
 
 def test_grey_pictures_are_no_copies_and_many_copies_of_one_image_all_go():
     flat, one = np.full((30, 3, 32, 32), 7, np.uint8), pictures(0, 1)
-    images = np.concatenate([flat, np.repeat(one, 2500, 0), pictures(1, 20)])  # more than one block of the search
+    images = np.concatenate([flat, np.repeat(one, 2500, 0), pictures(1, 20)])  # more than one block
     which, _, copied = near_duplicates(images, np.concatenate([flat, one, pictures(2, 20)]))
     assert (which[:30] == -1).all() and (which[30:2530] == 30).all() and (which[2530:] == -1).all()
     assert copied.nonzero()[0].tolist() == [30]
@@ -138,32 +144,30 @@ def test_duplicates_are_removed_with_their_captions_and_labels(capsys):
     assert left.augment and left.classes == ["x"] and (left.images == np.delete(images, [4, 5, 6], 0)).all()
     assert "3 of 11 training images removed, near-duplicates of 3 of 10" in capsys.readouterr().err
     with pytest.raises(UserError, match="training images?"):
-        without_duplicates(dataclasses.replace(data, images=images[4:7], captions=data.captions[4:7]), evaluation)
+        without_duplicates(data_file.select(data, [4, 5, 6]), evaluation)
 
 
 def test_training_leaves_duplicates_out(tmp_path, monkeypatch, capsys, no_evaluation):
-    load = train.load
-
     def planted(name, where, split, *more, **named):
-        data = load(name, where, split, *more, **named)
+        data = data_file.select(shapes(split, 32, 32, 0), np.arange(32))
         if split == "train":
             data.images[:5] = shapes("val", 32, 0, 0).images[:5]
         return data
 
     monkeypatch.setattr(train, "load", planted)
-    monkeypatch.setattr(train, "validate", lambda *args: (1.0, 1.0))
-    train.main([*TOY, "--steps", "2", "--dedup", "--out", str(tmp_path / "with")])
+    train.main([*TOY, "--steps", "1", "--dedup", "--out", str(tmp_path / "with")])
     captured = capsys.readouterr()
     removed = int(captured.err.split("note: ")[1].split()[0])
     assert removed >= 5 and f"{32 - removed} images," in captured.out
-    train.main([*TOY, "--steps", "2", "--out", str(tmp_path / "without")])
+    train.main([*TOY, "--steps", "1", "--out", str(tmp_path / "without")])
     assert "32 images," in capsys.readouterr().out
 
 
 def test_the_command_shows_the_pairs(tmp_path, monkeypatch, capsys):
     evaluation = Dataset(pictures(0, 10), [["a copy"]] * 10)
     data = Dataset(np.concatenate([pictures(1, 20), evaluation.images[:7]]), [["original"]] * 27)
-    monkeypatch.setattr(data_file, "load", lambda name, where, split, size: data if split == "train" else evaluation)
+    parts = {"train": data, "val": evaluation}
+    monkeypatch.setattr(data_file, "load", lambda name, where, split, size: parts[split])
     main(["dedup", "--show", str(tmp_path / "pairs.png")])
     out = capsys.readouterr().out
     assert "7 of 27 training images are near-duplicates of 7 of 10 evaluation images" in out
@@ -175,8 +179,8 @@ def test_the_command_shows_the_pairs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, why", [
-    (["--show", "none/x.png"], "folder of none/x.png is not there"), (["--show", "taken.png"], "taken.png is there already"),
-    (["--size", "0"], "--size must be at least 1")])
+    (["--show", "none/x.png"], "folder of none/x.png is not there"), (["--size", "0"], "at least 1"),
+    (["--show", "taken.png"], "taken.png is there already")])
 def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, monkeypatch, capsys, flags, why):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.png").write_text("mine")

@@ -1,4 +1,4 @@
-"""Generation: greedy is the argmax under teacher forcing, sampling keeps to its sets, captions end where they should."""
+"""Greedy generation is the argmax under teacher forcing, sampling keeps to its sets."""
 import pytest
 import torch
 from helpers import CONTROL, VOCAB, cases, fails
@@ -32,7 +32,7 @@ def test_control_logits_shifted_by_one_are_caught():
         check_greedy(CONTROL, shift=-1)
 
 
-@given(cases(), st.integers(2, 9))
+@given(cases(), st.integers(2, 12))
 def test_a_caption_depends_neither_on_max_len_nor_on_the_rest_of_the_batch(case, max_len):
     model, images = case.model(), case.images()
     together = model.generate(images)
@@ -60,7 +60,7 @@ def test_generation_stops_at_end_of_text():
 
 
 def check_sampling(seed, k, top_p, temperature, allowed_k, allowed_p):
-    """No token is drawn that has k likelier ones, or whose likelier ones hold a share top_p already."""
+    """No token is drawn that has k likelier ones, or likelier ones with a share of top_p."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, VOCAB, generator=generator)
     p = (logits / temperature).softmax(-1)
@@ -70,7 +70,7 @@ def check_sampling(seed, k, top_p, temperature, allowed_k, allowed_p):
             assert len(likelier) < allowed_k and likelier.sum() < allowed_p + 1e-6
 
 
-@given(st.integers(0, 10_000), st.integers(1, VOCAB), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
+@given(st.integers(0, 999), st.integers(1, VOCAB), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
 def test_sampling_keeps_to_top_k_and_top_p(seed, k, top_p, temperature):
     check_sampling(seed, k, top_p, temperature, k, top_p)
 
@@ -87,11 +87,12 @@ def test_sampling_follows_the_distribution_and_repeats_with_its_generator():
     assert torch.equal(drawn, choose(logits, 0.5, generator=torch.Generator().manual_seed(0)))
     share = torch.bincount(drawn, minlength=3) / 6000
     torch.testing.assert_close(share, (logits[0] / 0.5).softmax(-1), atol=0.02, rtol=0)
-    for greedy in (dict(), dict(temperature=1e-4), dict(temperature=1.0, top_k=1), dict(temperature=1.0, top_p=0.01)):
-        assert (choose(logits, **greedy) == 2).all()
+    for temperature, top_k, top_p in ((0.0, 0, 1.0), (1e-4, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.01)):
+        assert (choose(logits, temperature, top_k, top_p) == 2).all()
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(max_len=0)])
+@pytest.mark.parametrize("wrong", [
+    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(max_len=0)])
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CONTROL.model().generate(CONTROL.images(), **wrong)

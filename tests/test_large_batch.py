@@ -1,8 +1,7 @@
-"""Exact gradients of the whole batch however it is cut: into parts, over processes, with activations recomputed."""
+"""A batch in parts, over processes or with activations recomputed has the gradient of the whole."""
 import contextlib
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,29 +13,37 @@ import train
 from coca import PAD
 from train import large_batch_backward
 
+FLOAT64 = contextlib.nullcontext()  # no half precision
 BATCH = Case(seed=3, lengths=[6, 9, 4, 3, 5, 9, 7], pooler="cascade", n_query=3)
 
 
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    """All that are not 0."""
+    parameters = dict(model.named_parameters())
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None and p.grad.any()}
 
 
 def whole(case, tokens=None, **changes):
     """Gradients and losses of Eq. (4), in one piece."""
     model = case.model(torch.float64, **changes)
     loss = model.losses(case.images(torch.float64), case.tokens() if tokens is None else tokens)
+    return after_backward(model, loss)
+
+
+def after_backward(model, loss):
     loss.total.backward()
     return gradients(model), loss.con.detach(), loss.cap.detach()
 
 
 def in_parts(model, images, tokens, accum):
-    return large_batch_backward(model, images, tokens, accum, [len(images)], 0, contextlib.nullcontext())
+    return large_batch_backward(model, images, tokens, accum, [len(images)], 0, FLOAT64)
 
 
 def naive(model, images, tokens, accum):
     """What is usually done: the mean of the parts' losses."""
     losses = [model.losses(*part) for part in zip(images.chunk(accum), tokens.chunk(accum))]
-    con, cap = (sum(loss[i] for loss in losses) / len(losses) for i in (1, 2))
+    con = sum(loss.con for loss in losses) / len(losses)
+    cap = sum(loss.cap for loss in losses) / len(losses)
     (con + 2 * cap).backward()
     return con.detach(), cap.detach()
 
@@ -69,7 +76,7 @@ def test_similarities_in_blocks_of_rows_have_the_gradient_of_the_whole(case, blo
 
 
 def check_recomputed(case, recompute=True):
-    """Recomputing blocks in backward leaves less in memory between the passes, and the same gradient."""
+    """Recomputed in backward, blocks keep less between the passes, and give the same gradient."""
     def held():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -80,9 +87,8 @@ def check_recomputed(case, recompute=True):
     if recompute:
         model.recompute_activations()
     kept, loss = held()
-    loss.total.backward()
     assert len(kept) < 0.6 * len(usual)
-    torch.testing.assert_close((gradients(model), loss.con.detach(), loss.cap.detach()), whole(case))
+    torch.testing.assert_close(after_backward(model, loss), whole(case))
 
 
 @given(cases())
@@ -97,20 +103,21 @@ def test_control_activations_that_are_kept_are_caught():
 
 # Several processes
 
-TOKENS = BATCH.tokens()[[0, 1, 2, 3, 4, 1, 6]]  # of 7 captions two are the same, and meet in different processes
-VARIANTS = [dict(), dict(lambda_cap=0), dict(lambda_con=0), dict(pooler="parallel"), dict(n_query=0)]
+TOKENS = BATCH.tokens()[[0, 1, 2, 3, 4, 1, 6]]  # two captions are the same, of different processes
+VARIANTS = [dict(), dict(lambda_cap=0), dict(lambda_con=0), dict(pooler="parallel"),
+            dict(n_query=0)]
 WAYS = [(accum, changes) for accum in (1, 2) for changes in VARIANTS]
 
 
 def worker(rank, path):
-    """One of 2 processes, then one of 3: its part of the batch in every variant; what it got goes into a file."""
+    """One of 2 processes, then one of 3: its part of the batch in every variant, into a file."""
     torch.set_num_threads(1)
     for world in range(max(2, rank + 1), 4):
         dist.init_process_group("gloo", f"file://{path}/store{world}", rank=rank, world_size=world)
         sizes = [len(TOKENS) // world + (r < len(TOKENS) % world) for r in range(world)]
         own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
         images, tokens = BATCH.images(torch.float64)[own], TOKENS[own]
-        tokens = tokens[:, :int((tokens != PAD).sum(1).max())]  # each process pads to its own longest
+        tokens = tokens[:, :int((tokens != PAD).sum(1).max())]  # each pads to its own longest
         results = []
         for accum, changes in WAYS:
             model, work, contrast = BATCH.model(torch.float64, **changes), [], train.contrast
@@ -122,7 +129,7 @@ def worker(rank, path):
                 return contrast(anchors, candidates, *args)
 
             with mock.patch.object(train, "contrast", record):
-                losses = large_batch_backward(model, images, tokens, accum, sizes, rank, contextlib.nullcontext())
+                losses = large_batch_backward(model, images, tokens, accum, sizes, rank, FLOAT64)
             results.append((gradients(model), *losses, sum(work)))
         torch.save(results, f"{path}/{world}-{rank}.pt")
         dist.destroy_process_group()

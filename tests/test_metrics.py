@@ -1,31 +1,17 @@
-"""The metrics: recall, zero-shot, retrieval, BLEU and CIDEr-D against hand-computed cases and slow versions."""
-import json
+"""Recall, zero-shot, retrieval, BLEU and CIDEr-D against hand-computed cases and slow versions."""
 import math
-import random
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, VOCAB, fails
+from helpers import CONTROL, fails
 from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as evaluation
-from coca import UNKNOWN
 from data import Dataset, Tokenizer
-from eval import (
-    bleu,
-    captioning_task,
-    cider_d,
-    embed_images,
-    n_grams,
-    recall,
-    retrieval,
-    tokenised,
-    zero_shot,
-)
+from eval import bleu, cider_d, embed_images, n_grams, recall, retrieval, tokenised, zero_shot
 
 # ------------------------------------------------------------------------------------------------
 # Recall, retrieval, zero-shot classification
@@ -74,10 +60,12 @@ def test_chance_is_what_random_scores_give_and_more_than_all_items_are_no_error(
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_equal_scores_and_nan_are_never_right(value):
-    assert all(score == 0 for score, _ in recall(torch.full((5, 30), value), [[i] for i in range(5)]).values())
+    found = recall(torch.full((5, 30), value), [[i] for i in range(5)])
+    assert {score for score, _ in found.values()} == {0}
     rest = torch.full((1, 30), value)
     rest[0, 3] = 1.0  # control: one good score
     assert recall(rest, [[3]])[1][0] == (value == 0)
+    assert recall(torch.full((2, 4), value), [[0], [1]])[5] == (value == 0, 1.0)  # of 4 items all are among 5
 
 
 @pytest.fixture
@@ -103,9 +91,9 @@ def test_retrieval_counts_several_captions_per_image_and_shared_captions(embed):
 
 
 def test_zero_shot_takes_the_mean_of_the_prompts_embeddings(embed):
-    """Chosen so that the nearest single prompt would answer otherwise than the mean of a class's prompts."""
+    """Chosen so that the nearest single prompt would answer otherwise."""
     look_up = embed({"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0], "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]})
-    data = Dataset(np.zeros((2, 3, 4, 4), np.uint8), [[], []], np.array([1, 0]), ["x", "y"], ["a {}", "the {}"])
+    data = Dataset(np.zeros((2, 3, 4, 4)), [], None, ["x", "y"], ["a {}", "the {}"])
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
     assert zero_shot(images, None, None, data).tolist() == [1, 0]
     assert (images @ look_up(None, None, ["a x", "a y"]).T).argmax(1).tolist() != [1, 0]
@@ -144,10 +132,6 @@ def test_classes_with_the_same_prompts_are_never_told_apart(count):
 # BLEU and CIDEr-D: slow versions, with switches that make them wrong
 
 
-def exact(*numbers):
-    return pytest.approx([float(x) for x in numbers], abs=1e-7)
-
-
 def grams(text, k):
     found = text.split()
     return [" ".join(found[i:i + k]) for i in range(len(found) - k + 1)]
@@ -159,159 +143,104 @@ def slow_bleu(candidates, references, clip=True, brevity=True, average=False):
         right = count = 0
         for text, mine in zip(candidates, references):
             found = grams(text, k)
-            for i, gram in enumerate(found):  # the j-th time an n-gram comes, some reference must have it j times
+            count += len(found)
+            for i, gram in enumerate(found):  # the j-th time it comes, some reference must have it j times
                 j = found[:i + 1].count(gram) if clip else 1
                 right += any(grams(other, k).count(gram) >= j for other in mine)
-            count += len(found)
         logs.append(math.log((right + 1e-15) / (count + 1e-9)))
     for text, mine in zip(candidates, references):
         c, lengths = len(text.split()), sorted(len(other.split()) for other in mine)
         total += c
         wanted += np.mean(lengths) if average else lengths[np.argmin([abs(c - r) for r in lengths])]
-    short = 0.0
     if not total:
-        short = -math.inf
-    elif brevity:
-        short = min(0.0, 1 - wanted / total)
-    return [math.exp(short + sum(logs[:k]) / k) for k in (1, 2, 3, 4)]
+        return [0.0] * 4
+    penalty = min(0.0, 1 - wanted / total) if brevity else 0.0
+    return [math.exp(penalty + sum(logs[:k]) / k) for k in (1, 2, 3, 4)]
 
 
 def slow_cider_d(candidates, references, clip=True, sigma=6.0, idf=True):
     """Dense vectors over all n-grams there are, one axis for each."""
     total = 0.0
     for k in (1, 2, 3, 4):
-        axis = sorted({gram for text in [*candidates, *sum(references, [])] for gram in grams(text, k)})
-        in_images = np.array([sum(any(gram in grams(text, k) for text in mine) for mine in references) for gram in axis])
-        weight = np.log(len(references)) - np.log(np.maximum(in_images, 1)) if idf else np.ones(len(axis))
-
-        def vector(text, k=k, axis=axis, weight=weight):
-            return np.array([grams(text, k).count(gram) for gram in axis]) * weight
-
+        images = [{gram for text in texts for gram in grams(text, k)} for texts in references]
+        axis = sorted(set().union(*images, *(grams(text, k) for text in candidates)))
+        weight = np.ones(len(axis))
+        if idf:
+            having = [max(1, sum(gram in own for own in images)) for gram in axis]
+            weight = np.log(len(images) / np.array(having))
         for text, mine in zip(candidates, references):
+            x = np.array([grams(text, k).count(gram) for gram in axis]) * weight
             for other in mine:
-                x, y = vector(text), vector(other)
-                norms = np.linalg.norm(x) * np.linalg.norm(y)
+                y = np.array([grams(other, k).count(gram) for gram in axis]) * weight
                 gap = len(text.split()) - len(other.split())
-                if norms > 0:
-                    total += (np.minimum(x, y) if clip else x) @ y / norms * math.exp(-gap**2 / 2 / sigma**2) / len(mine)
+                dot = (np.minimum(x, y) if clip else x) @ y * math.exp(-gap**2 / 2 / sigma**2)
+                total += dot / (np.linalg.norm(x) * np.linalg.norm(y) or 1) / len(mine)
     return 10 * total / 4 / len(candidates)
 
 
 texts = st.lists(st.sampled_from("abcd"), max_size=8).map(" ".join)
-long_texts = st.lists(st.sampled_from("abcd"), min_size=4, max_size=8).map(" ".join)
-sets = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=5).map(
-    lambda pairs: [list(part) for part in zip(*pairs)])
-own_words = st.lists(st.lists(st.sampled_from("abcd"), min_size=4, max_size=8), min_size=2, max_size=4).map(
-    lambda s: [" ".join(f"{word}{i}" for word in words) for i, words in enumerate(s)])  # no two images share a word
+pairs = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=5)
 
 
-@given(sets)
-def test_both_equal_the_slow_versions_and_keep_their_bounds(case):
+@given(pairs)
+def test_both_equal_the_slow_versions_and_keep_their_bounds(pairs):
+    case = [candidate for candidate, _ in pairs], [references for _, references in pairs]
     scores, score = bleu(*case), cider_d(*case)
     assert scores == pytest.approx(slow_bleu(*case), abs=1e-6) and all(0 <= x <= 1 for x in scores)
     assert score == pytest.approx(slow_cider_d(*case), abs=1e-9) and 0 <= score <= 10 + 1e-9
 
 
 @pytest.mark.parametrize("metric, slow, wrong", [
-    (bleu, slow_bleu, dict(clip=False)), (bleu, slow_bleu, dict(brevity=False)), (bleu, slow_bleu, dict(average=True)),
-    (cider_d, slow_cider_d, dict(clip=False)), (cider_d, slow_cider_d, dict(sigma=99)), (cider_d, slow_cider_d, dict(idf=False))])
+    (bleu, slow_bleu, dict(clip=False)), (bleu, slow_bleu, dict(brevity=False)),
+    (bleu, slow_bleu, dict(average=True)), (cider_d, slow_cider_d, dict(clip=False)),
+    (cider_d, slow_cider_d, dict(sigma=99)), (cider_d, slow_cider_d, dict(idf=False))])
 def test_control_a_wrong_version_differs(metric, slow, wrong):
-    case = ["c c b a d", "a b x"], [["a b c d e", "c a d e e e e"], ["a b e f g h", "p q r s t u v"]]
-    assert metric(*case) == pytest.approx(slow(*case))
-    assert np.abs(np.subtract(metric(*case), slow(*case, **wrong))).max() > 0.01
-
-
-def test_the_precisions_printed_in_the_bleu_paper():
-    """Examples 1 and 2 of Papineni et al. 2002, Sec. 2.1: 17/18 and 8/14 of the words, 10/17 and 1/13 of the bigrams, 2/7."""
-    references = ["it is a guide to action that ensures that the military will forever heed party commands",  # 16 words
-                  "it is the guiding principle which guarantees the military forces always being under the command of the party",
-                  "it is the practical guide for the army always to heed the directions of the party"]
-    good = bleu(["it is a guide to action which ensures that the military always obeys the commands of the party"], [references])
-    assert [good[0], good[1]**2] == exact(Fraction(17, 18), Fraction(17, 18) * Fraction(10, 17))  # 18 words: no penalty
-    bad = bleu(["it is to insure the troops forever hearing the activity guidebook that party direct"], [references])
-    penalty = math.exp(1 - 16 / 14)  # 14 words, the closest reference has 16
-    assert [bad[0], bad[1]**2] == exact(penalty * Fraction(8, 14), penalty**2 * Fraction(8, 14) * Fraction(1, 13))
-    the = bleu(["the the the the the the the"], [["the cat is on the mat", "there is a cat on the mat"]])
-    assert the[:1] == exact(Fraction(2, 7))
-
-
-def test_cider_d_by_hand():
-    # Two images without a common word: every weight is log 2 and cancels. Of the 4, 3, 2, 1 n-grams of the first, all different,
-    # 3, 2, 1, 0 are right; norms are equal: cosines 3/4, 2/3, 1/2, 0. The second has nothing.
-    assert cider_d(["a b c d", "x"], [["a b c e"], ["p q"]]) == pytest.approx(10 * float(Fraction(23, 12) / 4 / 2))
-    # Four images, "a" in two of them: it weighs log 2, the other words log 4, also the unseen d. Over log 2: candidate and
-    # reference (1, 2, 2), norm 3, of which a and b are shared: (1 + 4) / 9. Of two bigrams one: 1/2. "b d", "a b d": wrong.
-    found = cider_d(["a b d", "", "", ""], [["a b c"], ["x a"], ["y"], ["z"]])
-    assert found == pytest.approx(10 * float((Fraction(5, 9) + Fraction(1, 2)) / 4 / 4))
-    # Clipping and length: "a a a a" (4) against "a b" (1, 1): 1 * 1 / (4 * sqrt 2), 2 words too long.
-    # Two references, of which the other has nothing in common: half of it.
-    found = cider_d(["a a a a", "x"], [["a b", "c"], ["p"]])
-    assert found == pytest.approx(10 * math.exp(-2**2 / 72) / (4 * math.sqrt(2)) / 4 / 2 / 2)
+    candidates = ["c c b a d", "a b x"]
+    references = [["a b c d e", "c a d e e e e"], ["a b e f g h", "p q r s t u v"]]
+    right = metric(candidates, references)
+    assert right == pytest.approx(slow(candidates, references))
+    assert np.abs(np.subtract(right, slow(candidates, references, **wrong))).max() > 0.01
 
 
 def test_the_numbers_of_the_public_coco_code():
     """Obtained once from pycocoevalcap 1.2 (Bleu(4), Cider()) on these texts; not computed here."""
     candidates = ["a brown dog runs on the grass", "two men are sitting on a bench", "a a dog", ""]
-    references = [["a brown dog is running on the grass", "the dog runs through the green grass", "a dog runs"],
-                  ["two men sit on a bench", "two men are sitting on a wooden bench in a park"],
-                  ["a dog jumps over a log", "a black dog leaps", "a dog"],
-                  ["a child plays", "the child is playing in the sand"]]
+    references = [
+        ["a brown dog is running on the grass", "the dog runs through the green grass", "a dog runs"],
+        ["two men sit on a bench", "two men are sitting on a wooden bench in a park"],
+        ["a dog jumps over a log", "a black dog leaps", "a dog"],
+        ["a child plays", "the child is playing in the sand"]]
     numbers = [0.942873143744, 0.872930908008, 0.770381989104, 0.634089736904]
     assert bleu(candidates, references) == pytest.approx(numbers, abs=1e-9)
     assert cider_d(candidates, references) == pytest.approx(2.20811190806, abs=1e-9)
     small = bleu(["a b", "c"], [["a b"], ["d"]])  # no trigram, no 4-gram
-    assert small == pytest.approx([0.666666666222, 0.816496580111, 0.00873580464057, 0.000903602003007], rel=1e-6)
+    assert small == pytest.approx([0.666666666222, 0.816496580111, 0.00873580464057, 0.000903602003007])
 
 
-@given(st.lists(st.lists(long_texts, min_size=1, max_size=3), min_size=1, max_size=4), own_words, st.randoms())
-def test_a_candidate_that_is_one_of_its_references_is_perfect(references, own, pick):
-    assert bleu([pick.choice(mine) for mine in references], references) == exact(1, 1, 1, 1)
-    assert cider_d(own, [[text] * 2 for text in own]) == pytest.approx(10)
-
-
-def test_control_what_is_not_quite_perfect():
-    assert bleu(["a b c"], [["a b c"]])[2:] == pytest.approx([1, 1e-6**0.25], rel=1e-6)       # no 4-gram to be right
-    assert cider_d(["a b c d", "b a d c"], [["a b c d"], ["b a d c"]]) == pytest.approx(7.5)  # words that all images have weigh 0
-    assert cider_d(["a b c d", "p q r s"], [["a b c d", "x"], ["p q r s", "y"]]) == pytest.approx(5)
-    assert cider_d(["a b c d"], [["a b c d"]]) == 0                                           # one image
-    good, bad = ["a b c d", "p q r s"], ["p q r s", "a b c d"]
-    assert bleu(bad, [[text] for text in good])[0] < 0.01 and cider_d(bad, [[text] for text in good]) == 0
+def test_the_best_and_the_worst():
+    own, other = ["a b c d", "p q r s"], ["p q r s", "a b c d"]
+    references = [[text, text] for text in own]
+    assert bleu(own, references) == pytest.approx([1, 1, 1, 1])
+    assert cider_d(own, references) == pytest.approx(10)
+    assert bleu(other, references)[0] < 0.01 and cider_d(other, references) == 0
+    assert cider_d(["a b", "b a"], [["a b"], ["b a"]]) == pytest.approx(2.5)  # words that all have weigh 0
+    assert cider_d(own[:1], references[:1]) == 0  # one image
+    for case in ([[""], [["a b"]]], [["", ""], [[""], ["", "a"]]], [["a", ""], [[""], ["a"]]]):  # no words
+        assert max(bleu(*case)) < 1e-7 and cider_d(*case) == 0
     for metric in (bleu, cider_d):
         with pytest.raises(ValueError):
             metric(["a", "b"], [["a"]])
 
 
-@given(sets, st.integers(0, 10_000))
-def test_the_order_of_images_and_of_references_does_not_matter(case, seed):
-    pick = random.Random(seed)
-    order = pick.sample(range(len(case[0])), len(case[0]))
-    other = [case[0][i] for i in order], [pick.sample(case[1][i], len(case[1][i])) for i in order]
-    assert bleu(*other) == pytest.approx(bleu(*case)) and cider_d(*other) == pytest.approx(cider_d(*case))
-
-
-@given(own_words, st.data())
-def test_a_worse_candidate_scores_lower(own, data):
-    """A wrong word, a missing one, all said twice."""
-    words, references = own[0].split(), [[text] for text in own]
-    i = data.draw(st.integers(0, len(words) - 1))
-    for worse in (words[:i] + ["wrong"] + words[i + 1:], words[:-1], words * 2):
-        case = [" ".join(worse), *own[1:]], references
-        assert all(x < 1 - 1e-3 for x in bleu(*case)) and cider_d(*case) < 10 - 1e-3
-
-
-def test_texts_without_words_score_nothing_and_break_nothing():
-    for case in ([[""], [["a b"]]], [["", ""], [[""], ["", "a"]]], [["a", ""], [[""], ["a"]]]):
-        assert bleu(*case) == exact(0, 0, 0, 0) and cider_d(*case) == 0
-
-
 def test_n_grams_and_tokenised_by_hand():
     assert n_grams("a b a b") == [{("a",): 2, ("b",): 2}, {("a", "b"): 2, ("b", "a"): 1},
                                   {("a", "b", "a"): 1, ("b", "a", "b"): 1}, {("a", "b", "a", "b"): 1}]
-    assert tokenised("A man's T-shirt, RUNNING ... (2.5 dogs)! _ & \"so\"") == "a man 's t shirt running 2.5 dogs so"
-    assert tokenised(" .") == ""
+    text = "A man's T-shirt, RUNNING ... (2.5 dogs)! _ & \"so\""
+    assert tokenised(text) == "a man 's t shirt running 2.5 dogs so" and tokenised(" .") == ""
 
 
 @given(st.text("aB3'’.,-_ ", max_size=20))
 def test_what_a_model_writes_is_tokenised_as_what_it_read(text):
     tokenizer = Tokenizer.learn([text], 99)
-    assert tokenised(tokenizer.decode(tokenizer.encode([text], 99)[0])) == tokenised(text) == tokenised(tokenised(text))
+    written = tokenizer.decode(tokenizer.encode([text], 99)[0])
+    assert tokenised(written) == tokenised(text) == tokenised(tokenised(text))
