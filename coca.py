@@ -119,6 +119,11 @@ TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}
 # Attention
 
 
+def at_least_float32(x):
+    """Half precision -> float32, for what autocast must not touch; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def causal_mask(L, device=None):
     """(L, L) bool, True = the token of that row may look at that of the column: itself or before.
 
@@ -301,8 +306,9 @@ class AttentionalPooler(nn.Module):
         query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
         if return_weights:
             x, weights = self.attention(query, tokens, valid=valid, return_weights=True)
-            return self.norm(x), weights
-        return self.norm(self.attention(query, tokens, valid=valid))    # (B, Q, D)
+            return self.norm(at_least_float32(x)), weights
+        x = self.attention(query, tokens, valid=valid)                  # (B, Q, D)
+        return self.norm(at_least_float32(x))                           # (B, Q, D)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -378,11 +384,6 @@ class MultimodalDecoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # Sec. 3.1: losses, Eqs. (2) and (3)
-
-
-def at_least_float32(x):
-    """Half precision -> float32, for what autocast must not touch; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def contrast(anchors, candidates, temperature, positives):
@@ -551,8 +552,8 @@ class CoCa(nn.Module):
         step is 1 % faster for it at a vocabulary of 1,024 words, and 1.6 times as fast at 64,000.
         """
         if not self.config.lambda_cap:  # a dual encoder has no use for the upper half
-            cap = torch.zeros((), device=images.device)
-            return self.encode_image(images), self.encode_text(tokens), cap
+            image_embedding = self.encode_image(images)
+            return image_embedding, self.encode_text(tokens), image_embedding.new_zeros(())
         image_embedding, text_embedding, states = self.features(images, tokens)
         states, targets = with_target(states, tokens)                   # (T, D), (T,)
         cap = next_token_loss(self.multimodal.head(states), targets)
