@@ -57,11 +57,14 @@ def pillow():
 
 
 def new_file(path):
-    """For argparse: the path, if a new file can be made there. It is told before the work."""
-    if os.path.exists(path):
-        raise argparse.ArgumentTypeError(f"{path} is there already; delete it or give another name")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise argparse.ArgumentTypeError(f"the folder of {path} is not there; make it first")
+    """For argparse: the path, if a new file can be made there. It is tried before the work."""
+    try:
+        open(path, "x").close()
+        os.remove(path)
+    except FileExistsError:
+        raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give another") from None
     return path
 
 
@@ -403,7 +406,7 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
-            raise UserError(f"it wants to run {module}.{name}, which no CIFAR file does: delete it")
+            raise UserError(f"it wants to run {f'{module}.{name}'!r}, which no CIFAR file does: delete it")
         return super().find_class(module, name)
 
 
@@ -496,7 +499,8 @@ def fetch(url, md5, folder):
                 raise OSError("the connection ended early")
             os.replace(part, archive)
     except (OSError, http.client.HTTPException) as e:
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):
+            part.unlink()
         raise UserError(f"{url}: download failed ({e}); run the same command again") from None
     with open(archive, "rb") as f:
         if hashlib.md5(f.read(), usedforsecurity=False).hexdigest() != md5:
@@ -591,12 +595,15 @@ def decode_to(file, paths, size, name):
         # Written, not mapped: a full disk is then an error, and not the end of the process
         with open(temporary, "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
             images = pool.map(decode, paths)  # Pillow decodes outside Python's lock
-            for i, image in enumerate(tqdm(images, f"decoding {name}", len(paths), leave=False)):
-                if isinstance(image, UserError):
-                    note(f"{image}: skipped")
-                else:
-                    f.write(image.tobytes())
-                    kept.append(i)
+            try:
+                for i, image in enumerate(tqdm(images, f"decoding {name}", len(paths), leave=False)):
+                    if isinstance(image, UserError):
+                        note(f"{image}: skipped")
+                    else:
+                        f.write(image.tobytes())
+                        kept.append(i)
+            finally:
+                pool.shutdown(cancel_futures=True)
         failed = len(paths) - len(kept)
         if failed > 0.01 * len(paths):
             raise UserError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; "
@@ -672,7 +679,8 @@ def captions_file(data_dir, split, size, subset):
         for row in rows:
             if None in row or "\n" in (row["image"] or ""):
                 raise csv.Error("too many columns, or a name of two lines")
-            texts.setdefault((row["image"] or "").strip(), []).append(row["caption"] or "")
+            image = Path((row["image"] or "").strip()).as_posix()  # ./a.jpg and a.jpg are one
+            texts.setdefault(image, []).append(row["caption"] or "")
     except csv.Error as e:
         raise UserError(f"{table}: line {rows.reader.line_num} is not CSV ({e}); "
                         "quote captions that hold commas or quotes") from None
@@ -745,10 +753,10 @@ def read_clip(path, size, frames):
         raise UserError(f"{path}: a clip is a folder of frames or a .npy array; "
                         "take a video apart first, for example with ffmpeg")
     try:
-        clip = np.load(path, allow_pickle=False, mmap_mode="r")
+        clip = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
-    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
+    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not clip.size:
         raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 "
                         "(count, height, width, 3)")
     return resize(clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2), size)
@@ -757,7 +765,7 @@ def read_clip(path, size, frames):
 def own_clips(data_dir, size, frames):
     """Clips in a folder per class -> training and evaluation Datasets, images (N, frames, ...)."""
     root = Path(data_dir)
-    folders = [path for path in visible(root) if path.is_dir()] if root.is_dir() else []
+    folders = [path for path in visible(root) if path.is_dir()] if os.path.isdir(root) else []
     paths = []
     labels = []
     for label, folder in enumerate(folders):

@@ -841,6 +841,8 @@ def confusions(predicted, data):
     predicted = predicted[predicted >= 0]
     counts = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)  # (true, predicted)
     there = np.flatnonzero(counts.sum(0) + counts.sum(1))  # without classes that do not occur
+    if not len(there):
+        return [tag("p", "For no image one class is nearer than all others.")]
     shares = (counts / counts.sum(1, keepdims=True).clip(1))[there][:, there]
     title = f"Rows: true classes, columns: predicted, {len(there)} of {C} classes"
     matrix = figure(heat(shares), f"Heat map. {title}. The next table has its main entries.",
@@ -1063,7 +1065,7 @@ def main(argv=None):
     else:
         settings = dict(checkpoint["settings"])
         if args.data:
-            settings.update(data=args.data, data_dir=args.data_dir)
+            settings.update(data=args.data, data_dir=args.data_dir, val_from_train=0)
         elif args.data_dir:
             settings["data_dir"] = args.data_dir
         if args.task:

@@ -195,9 +195,10 @@ def test_val_from_train_keeps_training_images_apart_and_reads_no_others(tmp_path
 BATCH = cifar_batch("cifar10", "data_batch_1")
 BAD = {"data_batch_1": [b"", python2(BATCH)[:9000], b"random" * 99, python2([1, 2])],
        "batches.meta": [b"", python2({}), python2({"label_names": 5}), python2({"label_names": [1] * 10})]}
-for change in ({"labels": [1, 2, 3]}, {"labels": [1, 2, 3, 10]}, {"labels": [1, 2, 3, -1]}, {"labels": []},
-               {"labels": [1, [2, 3], 4, 5]}, {"labels": 4}, {"labels": ["1", "2", "3", "4"]}, {"data": "x"},
-               {"data": BATCH["data"][:, :-1]}, {"data": BATCH["data"].view(np.int8)}):
+for change in ({"labels": [1, 2, 3]}, {"labels": [1, 2, 3, 10]}, {"labels": [1, 2, 3, -1]}, {"labels": 4},
+               {"labels": [1, [2, 3], 4, 5]}, {"labels": ["1", "2", "3", "4"]}, {"data": "x"},
+               {"data": BATCH["data"][:, :-1]}, {"data": BATCH["data"].view(np.int8)},
+               {"labels": [], "data": BATCH["data"][:0]}):
     BAD["data_batch_1"].append(python2(BATCH | change))
 for module, name in ((b"numpy", b"ndarray.tofile"), (b"os\nb", b"system")):  # code that wants to run
     BAD["data_batch_1"].append(b"\x80\x04\x8c%c%b\x8c%c%b\x93." % (len(module), module, len(name), name))
@@ -473,8 +474,8 @@ GREY, ORANGE, WHITE = (90, 90, 90), (250, 128, 3), (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode, end, colour, wanted", [
-    ("L", "png", 90, GREY), ("L", "jpg", 90, GREY), ("1", "png", 1, WHITE), ("P", "png", 1, ORANGE),
-    ("CMYK", "jpg", (0, 255, 255, 0), (255, 0, 0)),
+    ("RGB", "jpg", ORANGE, ORANGE), ("L", "png", 90, GREY), ("L", "jpg", 90, GREY), ("1", "png", 1, WHITE),
+    ("P", "png", 1, ORANGE), ("CMYK", "jpg", (0, 255, 255, 0), (255, 0, 0)),
     # 16 bits, unless it holds nothing above 255; floats, unless they hold nothing above 1
     ("I;16", "png", 32768, (128, 128, 128)), ("I;16", "png", 300, (1, 1, 1)), ("I;16", "png", 90, GREY),
     ("I", "tif", 90, GREY), ("I", "tif", 32768, (128, 128, 128)),
@@ -671,9 +672,11 @@ def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_the_caption
         crop = padded[i, :, top:top + 16, left:left + 16]
         places[crop.tobytes()] = i, top, left, False
         places[crop[..., ::-1].tobytes()] = i, top, left, True
-    found = make_batches(30, 30, text, images=originals, augment=True)(0)[0]
-    which, top, left, mirrored = zip(*(places[image.tobytes()] for image in to_bytes(found)))
+    batches = make_batches(30, 30, text, images=originals, augment=True)
+    first, second = ([places[image.tobytes()] for image in to_bytes(batches(step)[0])] for step in (0, 1))
+    which, top, left, mirrored = zip(*first)
     assert len(set(which)) == 30 and set(top) == set(left) == set(range(5))
+    assert [place[1:] for place in first] != [place[1:] for place in second]
     assert 5 <= sum(mirrored) <= 25 if flips else not any(mirrored)
     plain = make_batches(30, 30, text, images=originals)(0)[0]
     assert {image.tobytes() for image in to_bytes(plain)} == {image.tobytes() for image in originals}

@@ -179,7 +179,7 @@ def test_the_command_shows_the_pairs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, why", [
-    (["--show", "none/x.png"], "folder of none/x.png is not there"), (["--size", "0"], "at least 1"),
+    (["--show", "none/x.png"], "none/x.png cannot be made"), (["--size", "0"], "at least 1"),
     (["--show", "taken.png"], "taken.png is there already")])
 def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, monkeypatch, capsys, flags, why):
     monkeypatch.chdir(tmp_path)

@@ -190,13 +190,13 @@ def test_resume_gives_the_run_without_a_stop(runs, cut, tmp_path, monkeypatch):
 
 
 def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
-    """SIGKILL, six times: all is as in a run that nobody killed, bit for bit."""
+    """SIGKILL, five times: all is as in a run that nobody killed, bit for bit."""
     whole, killed, chance = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    for _ in range(6):
+    for _ in range(5):
         resumed = (killed / "checkpoint.pt").exists()
         file = killed / "metrics.csv" if resumed else killed / "lock"
         before = file.stat().st_mtime_ns if file.exists() else 0
-        how = "--steps 120 --save-every 4 --out", killed, "--resume" if resumed else ""
+        how = "--steps 100 --save-every 4 --out", killed, "--resume" if resumed else ""
         process = start(TOY, *how)
         while process.is_alive() and not (file.exists() and file.stat().st_mtime_ns > before):
             time.sleep(0.001)
@@ -204,12 +204,12 @@ def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    both = start("--resume --device cpu --out", killed), start(TOY, "--steps 120 --out", whole)
+    both = start("--resume --device cpu --out", killed), start(TOY, "--steps 100 --out", whole)
     for process in both:
         process.join()
         assert process.exitcode == 0
     check_same(whole, killed)
-    check_whole(killed, 120)
+    check_whole(killed, 100)
 
 
 @pytest.mark.parametrize("damaged", [None, lambda text: b"", lambda text: text[:-40],
@@ -381,14 +381,15 @@ def test_a_run_is_not_overwritten(tmp_path, monkeypatch):
 
 
 def own_images(folder):
-    """Makes a folder of 20 pictures with captions -> the flags to train on it."""
+    """Makes a folder of 20 pictures with captions of 1 to 3 words -> the flags to train on it."""
     folder.mkdir()
     lines, rng = ["image,caption"], np.random.default_rng(0)
     for i in range(20):
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png,{' '.join(rng.permutation(['ein', 'roter', 'hund']))}")
+        words = rng.permutation(["ein", "roter", "hund"])
+        lines.append(f"{i}.png,{' '.join(words[:1 + i % 3])}")
     (folder / "captions.txt").write_text("\n".join(lines))
-    how = "--image-size 32 --subset 0 --batch-size 4 --device cpu --data captions --data-dir"
+    how = "--image-size 32 --subset 0 --batch-size 9 --device cpu --data captions --data-dir"
     return flags(how, folder)
 
 
@@ -435,7 +436,8 @@ def test_a_fresh_decoder_learns_new_words_and_an_old_one_says_what_it_lacks(go, 
     assert "unknown" not in capsys.readouterr().err
     assert go("old", *own)["vocabulary"] == go.source["vocabulary"]
     assert "100% of the captions' words are unknown" in capsys.readouterr().err
-    assert go("new", *own, "--fresh decoder")["vocabulary"][4:] == ["ein", "hund", "roter"]
+    new = go("new", *own, "--fresh decoder")["vocabulary"][4:]
+    assert sorted(new) == ["ein", "hund", "roter"]
     assert "unknown" not in capsys.readouterr().err
 
 
@@ -520,7 +522,7 @@ def test_validation_losses_are_the_models_losses_on_the_validation_images():
         check_validation(val, 4, 2, model, tokenizer)
 
 
-@pytest.mark.parametrize("subset", [0, 32])
+@pytest.mark.parametrize("subset", [0, 20])
 def test_val_from_train_keeps_training_images_apart(subset, tmp_path, monkeypatch):
     def few(split, size, subset, seed):
         return shapes(split, size, subset or 40, seed)
@@ -532,7 +534,7 @@ def test_val_from_train_keeps_training_images_apart(subset, tmp_path, monkeypatc
     s = SimpleNamespace(data="shapes", data_dir=None, seed=0, subset=subset, val_from_train=12,
                         dedup=False)
     data, val = train.load_data(s, 32, False, 0, 1)
-    assert len(val) == 12 and len(data) <= (subset or 40)
+    assert len(val) == 12 and len(data) == (subset or 28)
     assert set_of(data) | set_of(val) <= set_of(few("train", 32, 40, 0))
     assert not set_of(data) & set_of(val)
     assert set_of(evaluation.Context(CoCa(SMALL), None, vars(s)).val) == set_of(val)
@@ -540,6 +542,7 @@ def test_val_from_train_keeps_training_images_apart(subset, tmp_path, monkeypatc
     rows = rows_of(tmp_path, without=())
     validated = [row["step"] for row in rows if row["val_con"] and row["val_cap"]]
     assert validated == ["2", "4", "5"]  # where it was saved
+    refused("--val-from-train 40, but there are 40", "--val-from-train 40")
 
 
 # Several processes, half precision, compilation
@@ -549,15 +552,15 @@ def test_val_from_train_keeps_training_images_apart(subset, tmp_path, monkeypatc
                                  "--pooler parallel --grad-checkpoint"])
 def test_torchrun_trains_as_one_process_does(how, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", CoCaConfig())
-    uneven = flags("--subset 40 --batch-size 9 --steps 3 --device cpu", how)
-    train.main([*uneven, "--out", str(tmp_path / "one")])
+    own = [*own_images(tmp_path / "own"), *flags("--steps 3", how)]
+    train.main([*own, "--out", str(tmp_path / "one")])
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --out"
-    command = [sys.executable, *flags(torchrun, tmp_path / "two"), *uneven]
+    command = [sys.executable, *flags(torchrun, tmp_path / "two"), *own]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.count("processes=2") == 1, done.stderr
     check_near(tmp_path / "one", tmp_path / "two", 1e-4)
-    train.main([*uneven, "--seed", "1", "--out", str(tmp_path / "other")])
+    train.main([*own, "--seed", "1", "--out", str(tmp_path / "other")])
     with fails:  # control
         check_near(tmp_path / "other", tmp_path / "two", 1e-4)
 
@@ -596,7 +599,7 @@ def test_compile_makes_graphs_of_what_training_calls_and_changes_no_result(compi
 
 class Bomb:
     def __reduce__(self):
-        return os.mkdir, ("exploded",)
+        return pytest.fail, ("exploded",)
 
 
 NEW = dict(format=evaluation.FORMAT, vocabulary=[], config={})
@@ -608,17 +611,16 @@ OLD = dict(vocabulary=["<pad>"], config={}, step=3)
     ({**NEW, "config": {"depth": 3}}, None, "not a checkpoint"),
     ({**NEW, "model": Bomb()}, None, "not a checkpoint"), ([1, 2], None, "something else"),
     (OLD, None, f"format is 1, and this version reads {evaluation.FORMAT}")])
-def test_unfit_checkpoints_are_refused_and_left_alone(content, size, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_unfit_checkpoints_are_refused_and_left_alone(content, size, message, tmp_path):
     file = tmp_path / "checkpoint.pt"
     torch.save(content, file)
     file.write_bytes(file.read_bytes()[:size])
     before, message = file.read_bytes(), f"checkpoint.pt: .*{message}"
     refused(message, file, program=evaluation)
-    refused(message, "--resume --out .")
-    refused(message, "--init", file, "--out new")
-    assert file.read_bytes() == before and not Path("exploded").exists()
-    refused("no such checkpoint", "--resume --out new")
+    refused(message, "--resume --out", tmp_path)
+    refused(message, "--init", file, "--out", tmp_path / "new")
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+    refused("no such checkpoint", "--resume --out", tmp_path / "new")
 
 
 @pytest.mark.parametrize("wrong", [
@@ -637,7 +639,6 @@ def test_bad_values_are_refused_before_anything_loads(wrong, monkeypatch, capsys
     ("--device meta", "--device meta: cannot be used here"),
     ("--accum 9", "--batch-size 8 cannot be cut into 9 parts"),
     ("--batch-size 33", "more than the 32 training images"),
-    ("--val-from-train 32", "--val-from-train 32, but there are 32"),
     ("--data cifar10", "needs --data-dir"), ("--data captions --data-dir .", "captions.txt"),
     ("--data coco --data-dir nowhere", "nowhere: no such folder")])
 def test_what_cannot_be_done_is_said_and_leaves_no_folder(wrong, message, tmp_path, monkeypatch):
@@ -688,10 +689,10 @@ def test_only_what_learned_to_write_is_said_to(how, writes, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/coco").exists(), reason="no real data here")
-@pytest.mark.parametrize("name, folder", [("cifar10", ""), ("coco", "coco"), ("captions", "flickr8k")])
+@pytest.mark.parametrize("name, folder", [("cifar10", "."), ("coco", "coco"),
+                                          ("captions", "flickr8k")])
 def test_real_data_trains(name, folder, tmp_path):
-    folder = ROOT.parent / "shared/data" / folder
-    run(tmp_path, "--steps 2 --data", name, "--data-dir", folder)
+    run(tmp_path, "--steps 2 --data", name, "--data-dir", ROOT.parent / "shared/data" / folder)
     check_whole(tmp_path, 2)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data as data_file
 import eval as evaluation
-from coca import Classifier, CoCa
+from coca import BEGIN, END, Classifier, CoCa
 from data import ANSWERS, COLOURS, SHAPES, Dataset, Tokenizer, UserError, own_clips, to_model
 from eval import TASKS, Recipe, decoder_states, evaluate, image_tokens, print_scores, transfer
 
@@ -176,6 +176,13 @@ def test_own_clips_are_read_from_folders_and_arrays_and_hidden_files_are_ignored
             assert clip.min() == clip.max() and (clip[0, 0, 0, 0] >= 100) == label
 
 
+def test_the_middle_of_a_wide_clip_is_kept(tmp_path):
+    clip = np.zeros((2, 8, 24, 3), np.uint8)
+    clip[:, :, 8:16] = 255
+    np.save(tmp_path / "x.npy", clip)
+    assert (data_file.read_clip(tmp_path / "x.npy", 8, 3) == 255).all()
+
+
 def test_frame_2_comes_before_frame_10(tmp_path):
     for i in range(1, 13):
         Image.new("L", (8, 8), 10 * i).save(tmp_path / f"frame{i}.png")
@@ -264,12 +271,21 @@ def toy_checkpoint(words=WORDS, **changes):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def tested(monkeypatch):
+    """Tasks learn for two steps only -> the inputs and labels of every test, in order."""
     for name in ("FROZEN", "FINETUNED", "VIDEO_FROZEN", "VIDEO_FINETUNED", "UNDERSTANDING"):
         monkeypatch.setattr(evaluation, name, dataclasses.replace(getattr(evaluation, name), steps=2))
+    record = []
+
+    def record_and_transfer(model, read, classifier, train, test, recipe, what):
+        record.append(test)
+        return transfer(model, read, classifier, train, test, recipe, what)
+
+    monkeypatch.setattr(evaluation, "transfer", record_and_transfer)
+    return record
 
 
-def test_every_task_runs_and_names_its_chance(quick, capsys):
+def test_every_task_runs_and_names_its_chance(tested, capsys):
     scores = evaluate(*toy_checkpoint(), TASKS)
     print_scores(scores)
     out = capsys.readouterr().out
@@ -278,11 +294,15 @@ def test_every_task_runs_and_names_its_chance(quick, capsys):
     for name, value in rows.items():
         assert 0 <= value["chance"] <= 1
         assert name in out or name.endswith(("R@5", "BLEU-1", "BLEU-2", "BLEU-3"))
-    assert rows["video order, frozen"]["score"] == 0.5  # every clip is there in both directions
     assert rows["frozen, linear probe"]["chance"] == 1 / 48
+    order, asked, hidden, silent, _ = tested[-5:]
+    (clips,), labels = order  # every clip is there in both directions
+    assert torch.equal(clips[:400], clips[400:].flip(1)) and torch.equal(labels[:400], 1 - labels[400:])
+    assert len(hidden[0][0].unique()) == 1 and torch.equal(hidden[0][1], asked[0][1])
+    assert silent[0][1].unique().tolist() == [BEGIN, END] and torch.equal(silent[0][0], asked[0][0])
 
 
-def test_own_clips_are_a_task(quick, tmp_path):
+def test_own_clips_are_a_task(tested, tmp_path):
     scores = evaluate(*toy_checkpoint(), ["video"], clips=write_clips(tmp_path))
     assert list(scores) == ["data", "video, frozen", "video, finetuned", "video, from scratch"]
 
@@ -360,7 +380,7 @@ def test_json_never_goes_over_a_file_or_nowhere_and_this_is_said_first(command, 
     before = open("scores.json").read()
     assert json.loads(before)["image to text R@1"]["chance"] > 0
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **named: pytest.fail("work"))
-    for name, why in (("scores.json", "is there already"), ("none/x.json", "folder of none/x.json is not")):
+    for name, why in (("scores.json", "is there already"), ("none/x.json", "none/x.json cannot be made")):
         assert command("--json", name) == 2 and why in capsys.readouterr().err.splitlines()[-1]
     assert open("scores.json").read() == before
 
