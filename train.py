@@ -582,8 +582,9 @@ def main(argv=None):
     source = vocabulary = None
     if args.resume:
         out = Path(args.out)
-        checkpoint_file = out / "checkpoint.pt"
-        model, tokenizer, checkpoint = load_checkpoint(checkpoint_file, device)
+        if rank == 0 and os.path.isdir(out):  # before anything is read: it could still change
+            held = lock(out)
+        model, tokenizer, checkpoint = load_checkpoint(out / "checkpoint.pt", device)
         settings = choose_settings(args, checkpoint["settings"])
         config = model.config
     else:
@@ -613,17 +614,15 @@ def main(argv=None):
     unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
     if unknown > 0.1:
         note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
-    if rank == 0:
-        if not args.resume:
-            out = claim(args.out, s.data)
-        held = lock(out)  # noqa: F841 - until this process ends
-        if not args.resume:
-            check_free(out)
-    else:
-        out = args.out
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rows = checkpoint["metrics"].tolist()
+    elif rank == 0:
+        out = claim(args.out, s.data)
+        held = lock(out)  # noqa: F841 - held until this process ends
+        check_free(out)
+    else:
+        out = args.out
     run = Run(out, settings, model, tokenizer, optimizer, val, device, rows)
     if rank == 0:
         describe(run, data, world)

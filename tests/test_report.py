@@ -131,7 +131,7 @@ def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(make, flags
 
 def test_a_page_is_never_written_over_another_file(make, capsys):
     make()
-    for taken, why in (("page.html", "is there already"), ("none/page.html", "none/page.html cannot be made")):
+    for taken, why in (("page.html", "is there already"), ("none/page.html", "cannot be made")):
         with pytest.raises(SystemExit):
             evaluation.main(["checkpoint.pt", "--report", taken])
         assert why in capsys.readouterr().err
