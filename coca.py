@@ -10,21 +10,22 @@ half reads the image and writes the caption. One forward pass serves both losses
 
 Where to find what                                                                    runs in
     CoCaConfig, CONFIGS   Table 1 (sizes), Sec. 4.1 (resolution, vocabulary)          everything
-    causal_mask           Sec. 3.2: who may look at whom; Attention.forward asks      everything
-                          torch's fused kernel for the same
+    causal_mask           Sec. 3.2: who may look at whom, as a table; training asks   tour, tests
+                          for the same by is_causal in Attention.forward
     ImageEncoder          Sec. 3.2, Table 1: a ViT                                    everything
     AttentionalPooler     Sec. 3.2 "Attentional poolers"; Table 8f: CoCa.pool_image   everything
     UnimodalDecoder       Sec. 3.2 "Decoupled text decoder"; Tables 8d (n_uni) and    everything
                           8e (one [CLS])
     MultimodalDecoder     Sec. 3.2 "Decoupled text decoder"                           everything
-    contrastive_loss      Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"       training
+    contrastive_loss      Eq. (2), Sec. 3.1 "Dual-encoder contrastive learning"; its  training
+                          half, contrast, in train.large_batch_backward
     captioning_loss       Eq. (3), Sec. 3.1 "Encoder-decoder captioning"; training    training
-                          takes its inner half, next_token_loss
+                          runs its inner half, next_token_loss
     CoCa.losses           Eq. (4), Sec. 3.2; Tables 8b (one loss), 8c (the lambdas)   training
     CoCa.encode_image,    Sec. 3.3 "Zero-shot transfer", Tables 3 and 4               evaluation
     CoCa.encode_text
-    CoCa.features         Sec. 4.2 "Multimodal understanding": what a Classifier      evaluation,
-                          reads                                                       training
+    CoCa.features         both embeddings and the decoder's states, which the         training,
+                          Classifier of Sec. 4.2 "Multimodal understanding" reads     evaluation
     Classifier            Eq. (1); Sec. 3.3 "Frozen-feature evaluation", "CoCa for    evaluation
                           Video Action Recognition"; Sec. 4.2
     CoCa.generate         captioning, Table 7                                         generation
@@ -33,6 +34,7 @@ Where to find what                                                              
 Dimension letters
     B batch   P image tokens (patches)   Q pooled image tokens (n_query)   L text tokens   D width
     E embedding (= D)   H heads   d = D / H   V vocabulary   T target tokens   N pairs to compare
+    S pixels a side
 
 Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (the image's start as
 2-D sinusoids); heads of the poolers = heads of the model; LayerNorm after each pooler and before
@@ -302,7 +304,10 @@ class AttentionalPooler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens, valid=None, return_weights=False):
-        """tokens (B, P, D), valid (B, P) True = no pad -> (B, Q, D), weights (B, H, Q, P)."""
+        """tokens (B, P, D), valid (B, P) True = no pad -> (B, Q, D).
+
+        return_weights: also the weights (B, H, Q, P).
+        """
         query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
         if return_weights:
             x, weights = self.attention(query, tokens, valid=valid, return_weights=True)
@@ -340,7 +345,7 @@ class UnimodalDecoder(nn.Module):
         return self.token(tokens) + self.position[start:end]            # (B, L, D)
 
     def insert_cls(self, x, length):
-        """Embedded tokens x (B, L, D) -> (B, L + 1, D) with [CLS] at place length (B,) of each."""
+        """x (B, L, D) -> (B, L + 1, D) with [CLS] at place length (B,), over a pad if there is one."""
         places = torch.arange(x.shape[1] + 1, device=x.device)
         is_cls = places == length[:, None]                              # (B, L + 1)
         return torch.where(is_cls[..., None], self.cls, F.pad(x, (0, 0, 0, 1)))
@@ -354,11 +359,12 @@ class UnimodalDecoder(nn.Module):
             x = block(x, causal=True)                                   # (B, L + 1, D)
         cls = x[torch.arange(B, device=x.device), length]               # (B, D)
         is_pad = (tokens == PAD)[..., None]                             # (B, L, 1)
-        states = torch.where(is_pad, x[:, 1:], x[:, :-1])               # (B, L, D): without [CLS]
+        # [CLS] is taken out: what stands before it stays in place, pads move one place back
+        states = torch.where(is_pad, x[:, 1:], x[:, :-1])               # (B, L, D)
         return states, self.norm(cls)
 
     def extend(self, tokens, start, cache):
-        """One token (B, 1) more, at position `start`, after those in the cache -> (B, 1, D)."""
+        """One more token (B, 1), at position `start` -> (B, 1, D). No [CLS]: no token sees it."""
         x = self.embed(tokens, start)                                   # (B, 1, D)
         for block in self.blocks:
             x = block(x, causal=True, cache=cache)
@@ -375,10 +381,10 @@ class MultimodalDecoder(nn.Module):
         self.norm = nn.LayerNorm(c.width)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)  # not tied: see TABLE_1
 
-    def forward(self, states, caption_tokens, cache=None):
-        """states (B, L, D) of the lower half, caption_tokens (B, Q, D) of the image -> (B, L, D)."""
+    def forward(self, states, image_context, cache=None):
+        """states (B, L, D) of the lower half, image_context (B, Q, D) of the image -> (B, L, D)."""
         for block in self.blocks:
-            states = block(states, caption_tokens, causal=True, cache=cache)
+            states = block(states, image_context, causal=True, cache=cache)
         return self.norm(states)
 
 
@@ -496,13 +502,13 @@ class CoCa(nn.Module):
                 module.weight.div_(math.sqrt(2 * layers))
         for p in (self.unimodal.token.weight, self.unimodal.position, self.unimodal.cls):
             p.normal_(std=0.02)
-        # As strong as the patches' content: at 0.2 of this, where things are reaches the poolers
-        # late, and captions that are right but for the place took twice the images to mend
+        # As strong as the patches' content: at 0.2 of this the poolers learned late where things
+        # are, and it took twice as many images until captions had the places right
         self.encoder.position.copy_(sinusoids_2d(c.image_size // c.patch_size, c.width))
 
     @property
     def temperature(self):
-        """sigma of Eq. (2), learned, within [0.01, 1]: CLIP's bound, and similarities undivided.
+        """sigma of Eq. (2), learned, kept in [0.01, 1]: CLIP's bound below, no division above.
 
         The gradient passes the bounds: a bare clamp would stop it there for good.
         """
@@ -513,12 +519,12 @@ class CoCa(nn.Module):
         """images (B, 3, S, S) -> what the decoder reads (B, Q, D), image embedding (B, E)."""
         image_tokens = self.encoder(images)                             # (B, P, D)
         if self.generative_pooler is None:  # n_query 0
-            caption_tokens = image_tokens                               # (B, P, D)
+            image_context = image_tokens                               # (B, P, D)
         else:
-            caption_tokens = self.generative_pooler(image_tokens)       # (B, Q, D)
+            image_context = self.generative_pooler(image_tokens)       # (B, Q, D)
         cascade = self.config.pooler == "cascade"  # Table 8f; Figure 2 draws "parallel"
-        pooled = self.contrastive_pooler(caption_tokens if cascade else image_tokens)  # (B, 1, D)
-        return caption_tokens, F.normalize(pooled[:, 0], dim=-1)
+        pooled = self.contrastive_pooler(image_context if cascade else image_tokens)  # (B, 1, D)
+        return image_context, F.normalize(pooled[:, 0], dim=-1)
 
     def encode_image(self, images):
         """images (B, 3, S, S) -> image embedding (B, E), unit norm: x of Eq. (2)."""
@@ -534,10 +540,10 @@ class CoCa(nn.Module):
         images (B, 3, S, S), tokens (B, L) -> image embedding (B, E), text embedding (B, E),
         states of the whole decoder (B, L, D): each token, seen with the image.
         """
-        caption_tokens, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
+        image_context, image_embedding = self.pool_image(images)       # (B, Q, D), (B, E)
         states, cls = self.unimodal(tokens)                             # (B, L, D), (B, E)
         text_embedding = F.normalize(cls, dim=-1)                       # (B, E)
-        states = self.multimodal(states, caption_tokens)                # (B, L, D)
+        states = self.multimodal(states, image_context)                # (B, L, D)
         return image_embedding, text_embedding, states
 
     def forward(self, images, tokens):
@@ -560,7 +566,9 @@ class CoCa(nn.Module):
         return image_embedding, text_embedding, cap
 
     def losses(self, images, tokens):
-        """Eq. (4): lambda_con L_con + lambda_cap L_cap -> Losses. It is what train.py minimises."""
+        """Eq. (4): lambda_con L_con + lambda_cap L_cap -> Losses. train.py minimises this; a batch
+        in parts or on several processes by train.large_batch_backward.
+        """
         c = self.config
         image_embedding, text_embedding, cap = self.embed_and_caption(images, tokens)
         ids = number_captions(tokens)                                   # (B,)
@@ -587,14 +595,14 @@ class CoCa(nn.Module):
             raise ValueError(f"temperature {temperature} and top_k {top_k} must be at least 0")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-        caption_tokens, _ = self.pool_image(images)                     # (B, Q, D)
+        image_context, _ = self.pool_image(images)                     # (B, Q, D)
         tokens = torch.full((len(images), max_len), PAD, device=images.device)
         tokens[:, 0] = BEGIN
         done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         cache = Cache()
         for t in range(1, max_len):
             states = self.unimodal.extend(tokens[:, t - 1:t], t - 1, cache)  # (B, 1, D)
-            states = self.multimodal(states, caption_tokens, cache)     # (B, 1, D)
+            states = self.multimodal(states, image_context, cache)     # (B, 1, D)
             logits = self.multimodal.head(states[:, 0])                 # (B, V)
             chosen = choose(logits, temperature, top_k, top_p, generator)  # (B,)
             tokens[:, t] = chosen.masked_fill(done, PAD)
@@ -676,16 +684,16 @@ def tour():
     model = CoCa(CoCaConfig(vocab_size=len(words)))
 
     image_tokens = model.encoder(images)
-    caption_tokens = model.generative_pooler(image_tokens)
-    pooled = model.contrastive_pooler(caption_tokens)
+    image_context = model.generative_pooler(image_tokens)
+    pooled = model.contrastive_pooler(image_context)
     states, cls = model.unimodal(tokens)
-    seen = model.multimodal(states, caption_tokens)
+    seen = model.multimodal(states, image_context)
     print(f"Eight pictures, with captions like {captions[0]!r} and {captions[1]!r}, go through an "
           "untrained model (Sec. 3.2, Figure 2):\n")
     for what, flows in (
         ("images (B, 3, S, S)", images),
         ("ImageEncoder: image tokens, one a patch (B, P, D)", image_tokens),
-        ("AttentionalPooler, generative: for the decoder (B, Q, D)", caption_tokens),
+        ("AttentionalPooler, generative: for the decoder (B, Q, D)", image_context),
         ("AttentionalPooler, contrastive, on top (B, 1, D)", pooled),
         ("captions as tokens (B, L)", tokens),
         ("UnimodalDecoder: states of the tokens (B, L, D)", states),

@@ -54,8 +54,8 @@ from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_f
 # ------------------------------------------------------------------------------------------------
 # Settings
 
-# What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4, for models 200
-# times as large and 300 times as many steps: small models bear, and few steps need, a higher one
+# What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4, for models a
+# hundred times as large and 500,000 steps; these are ours
 PRESETS = {
     "shapes": dict(steps=468, batch_size=128, lr=1.5e-3, sizes=dict(patch_size=8)),
     "cifar10": dict(steps=6250, batch_size=32, lr=7e-4, sizes=dict(encoder_layers=6)),
@@ -74,7 +74,7 @@ SIZES = ["lambda_con", "lambda_cap", "pooler", "n_query", "encoder_layers", "ima
 DEFAULTS = dict(data="shapes", data_dir=None, subset=0, val_from_train=0, dedup=False,
                 config="tiny", init=None, fresh=[], train=list(PARTS), seed=0,
                 accum=1, grad_checkpoint=False, compile=False)
-MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]  # on --resume: the result stays
+MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]  # on --resume: the result is the same
 
 
 def at_least(low, kind):
@@ -151,7 +151,9 @@ def parse_args(argv):
 
 
 def choose_settings(args, saved=None):
-    """What makes a run: flags over PRESETS over DEFAULTS; on --resume, over what was saved."""
+    """What makes a run: flags over PRESETS over DEFAULTS; on --resume what was saved, and flags
+    for MAY_CHANGE only. Sizes that no flag gives are settled in make_config.
+    """
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name in ("data_dir", "init"):
         if name in given:
@@ -279,7 +281,7 @@ def half_precision(device):
 # ------------------------------------------------------------------------------------------------
 # One batch in several parts, on one or many processes: the paper's N is 65,536
 
-BLOCK = 2**25  # similarities held at a time: 128 MiB of float32
+BLOCK = 2**25  # similarities in one tensor at most: 128 MiB of float32
 
 
 def gather(rows, first, N):
@@ -295,8 +297,8 @@ def contrastive_backward(model, x, y, ids, local):
     """Eq. (2) for the rows `local`: their images against all texts, their texts against all images.
 
     Adds its weighted gradient to x and y (N, E) and the temperature -> these rows' share of the
-    loss. By blocks of rows, each of whose graphs is gone before the next: no N x N tensor ever
-    exists, and a process's work goes with N x N / processes.
+    loss. By blocks of rows, each of whose graphs is gone before the next: no tensor holds more
+    than BLOCK similarities, and a process's work goes with N x N / processes.
     """
     N = len(x)
     loss = torch.zeros((), device=x.device)
@@ -310,26 +312,27 @@ def contrastive_backward(model, x, y, ids, local):
     return loss
 
 
-def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
+def large_batch_backward(model, images, tokens, accum, shares, rank, autocast):
     """Leaves the gradient of Eq. (4) for the batch of *all* processes in the parameters.
 
-    images, tokens: this process's rows; sizes: how many rows each process has; accum: parts to
+    images, tokens: this process's rows; shares: how many rows each process has; accum: parts to
     compute its rows in -> loss_con, loss_cap. The contrastive loss compares every image with every
     text of the batch, so it is no mean over parts of it, and adding up the parts' own losses would
     be wrong. Instead (gradient caching, Gao et al. 2021):
 
       1. embed all parts without keeping graphs, and gather the embeddings of all processes;
-      2. take Eq. (2) of them, and its gradient with respect to each embedding;
-      3. run each part again, with its graph, and send the gradient of its embeddings in; the
-         captioning loss of a part counts by its number of target tokens;
+      2. each process takes Eq. (2) for its own rows, which gives the temperature's gradient and,
+         added up over processes, the gradient g of each embedding;
+      3. run each part again, with its graph, and go backward from sum(embedding * g): the chain
+         rule; a part's captioning loss counts by its share of all target tokens;
       4. add up the gradients of all processes.
 
     This is exact as long as a part's second run gives what its first gave: nothing in the model is
     random. With dropout it would not be.
     """
     config = model.config
-    N = sum(sizes)
-    first = sum(sizes[:rank])
+    N = sum(shares)
+    first = sum(shares[:rank])
     rows = math.ceil(len(images) / accum)
     parts = list(zip(images.split(rows), tokens.split(rows)))
 
@@ -346,7 +349,7 @@ def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
     local = slice(first, first + len(images))
     con = contrastive_backward(model, x.requires_grad_(), y.requires_grad_(), ids, local)
     targets = (tokens[:, 1:] != PAD).sum()
-    add_up([x.grad, y.grad, con, targets], len(sizes))
+    add_up([x.grad, y.grad, con, targets], len(shares))
     dx = x.grad[local].split(rows)
     dy = y.grad[local].split(rows)
 
@@ -361,7 +364,7 @@ def large_batch_backward(model, images, tokens, accum, sizes, rank, autocast):
         cap += share.detach()
 
     # 4. Over all processes
-    add_up([cap, *(p.grad for p in model.parameters() if p.grad is not None)], len(sizes))
+    add_up([cap, *(p.grad for p in model.parameters() if p.grad is not None)], len(shares))
     return con, cap
 
 
@@ -449,7 +452,11 @@ class Run:
         return con, cap
 
     def save(self):
-        """checkpoint.pt, and metrics.csv written anew from its rows: they cannot disagree."""
+        """Validates, then writes checkpoint.pt, and metrics.csv anew from the rows in it.
+
+        Losses that are not finite: UserError, and nothing is written. If a stop falls between the
+        two files, --resume makes metrics.csv again.
+        """
         began = time.time()
         if self.rows:
             val_con, val_cap = self.validate()
@@ -474,8 +481,8 @@ class Run:
     def check_finite(self, when, **values):
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{when}: {name} is {value}; {self.out}/checkpoint.pt is the last "
-                                "good one, try a smaller --lr")
+                last = f"; {self.out}/checkpoint.pt is the last good one" if self.rows else ""
+                raise UserError(f"{when}: {name} is {value}{last}, try a smaller --lr")
 
 
 class Stop:
@@ -508,12 +515,12 @@ class Stop:
 # The run
 
 
-def train(run, batches, save_every, sizes, rank):
+def train(run, batches, save_every, shares, rank):
     """Trains from step len(run.rows) to the last."""
     s = argparse.Namespace(**run.settings)
     model = run.model
     optimizer = run.optimizer
-    world = len(sizes)
+    world = len(shares)
     autocast = half_precision(run.device)
     start = len(run.rows)
     stop = Stop()
@@ -532,7 +539,7 @@ def train(run, batches, save_every, sizes, rank):
             con = loss.con
             cap = loss.cap
         else:
-            con, cap = large_batch_backward(model, images, tokens, s.accum, sizes, rank, autocast)
+            con, cap = large_batch_backward(model, images, tokens, s.accum, shares, rank, autocast)
         norm = clip_grad_norm_(model.parameters(), 1.0)  # Tables 9, 10; not stated for pretraining
         con, cap, norm, temperature = torch.stack([con, cap, norm, model.temperature]).tolist()
         run.check_finite(f"step {step + 1}", loss_con=con, loss_cap=cap, gradient_norm=norm)
@@ -608,8 +615,8 @@ def main(argv=None):
     prepare(model.to(device), s)
     optimizer = make_optimizer(model)
     rows = []
-    sizes = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
-    own = slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))  # of every batch
+    shares = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
+    own = slice(sum(shares[:rank]), sum(shares[:rank + 1]))  # of every batch
     batches = Batches(data, tokenizer, config.text_len, s.batch_size, s.seed, own, device)
     unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
     if unknown > 0.1:
@@ -626,7 +633,7 @@ def main(argv=None):
     run = Run(out, settings, model, tokenizer, optimizer, val, device, rows)
     if rank == 0:
         describe(run, data, world)
-    train(run, batches, args.save_every, sizes, rank)
+    train(run, batches, args.save_every, shares, rank)
     if rank == 0:
         seconds = rows[-1][METRICS.index("seconds")]
         print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "

@@ -68,11 +68,11 @@ def test_control_a_wrong_fused_mask_is_caught(diagonal):
 def check_cache(case):
     """Token by token, with the cache of those before, gives the logits of a run over the whole."""
     model, images, tokens = case.model(), case.images(), case.tokens()
-    caption_tokens, _ = model.pool_image(images)
+    image_context, _ = model.pool_image(images)
     cache, states = Cache(), []
     for t in range(tokens.shape[1]):
         state = model.unimodal.extend(tokens[:, t:t + 1], t, cache)
-        states.append(model.multimodal(state, caption_tokens, cache))
+        states.append(model.multimodal(state, image_context, cache))
     logits, real = model.multimodal.head(torch.cat(states, 1)), tokens > 0
     torch.testing.assert_close(logits[real], model(images, tokens).logits[real])
 

@@ -13,7 +13,7 @@ import train
 from coca import PAD
 from train import large_batch_backward
 
-FLOAT64 = contextlib.nullcontext()  # no half precision
+NO_AUTOCAST = contextlib.nullcontext()  # no half precision
 BATCH = Case(seed=3, lengths=[6, 9, 4, 3, 5, 9, 7], pooler="cascade", n_query=3)
 
 
@@ -36,7 +36,7 @@ def after_backward(model, loss):
 
 
 def in_parts(model, images, tokens, accum):
-    return large_batch_backward(model, images, tokens, accum, [len(images)], 0, FLOAT64)
+    return large_batch_backward(model, images, tokens, accum, [len(images)], 0, NO_AUTOCAST)
 
 
 def naive(model, images, tokens, accum):
@@ -129,7 +129,7 @@ def worker(rank, path):
                 return contrast(anchors, candidates, *args)
 
             with mock.patch.object(train, "contrast", record):
-                losses = large_batch_backward(model, images, tokens, accum, sizes, rank, FLOAT64)
+                losses = large_batch_backward(model, images, tokens, accum, sizes, rank, NO_AUTOCAST)
             results.append((gradients(model), *losses, sum(work)))
         torch.save(results, f"{path}/{world}-{rank}.pt")
         dist.destroy_process_group()

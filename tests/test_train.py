@@ -152,7 +152,7 @@ def start(*parts):
     """A run in a process of its own, made by a server that has imported torch already."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["test_train", "torch._dynamo"])
-    process = context.Process(target=train_quietly, args=(flags(*parts),))
+    process = context.Process(target=train_quietly, args=(flags(*parts),), daemon=True)
     process.start()
     return process
 
