@@ -89,7 +89,9 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path}: no such checkpoint; python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        found = checkpoint.get("format", 1) if "vocabulary" in checkpoint else "of something else"
+        if "vocabulary" not in checkpoint:
+            raise ValueError("something else")
+        found = checkpoint.get("format", 1)
         if found == FORMAT:
             model = CoCa(CoCaConfig(**checkpoint["config"])).to(device)
             model.load_state_dict(checkpoint["model"])

@@ -481,7 +481,7 @@ class Run:
     def check_finite(self, when, **values):
         for name, value in values.items():
             if not math.isfinite(value):
-                last = f"; {self.out}/checkpoint.pt is the last good one" * bool(self.rows)
+                last = f"; {self.out}/checkpoint.pt is the last good one" * bool(self.rows and self.out)
                 raise UserError(f"{when}: {name} is {value}{last}, try a smaller --lr")
 
 

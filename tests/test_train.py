@@ -555,8 +555,7 @@ def test_val_from_train_keeps_training_images_apart(subset, tmp_path, monkeypatc
 # Several processes, half precision, compilation
 
 
-@pytest.mark.parametrize("how", ["--lambda-cap 0 --pooler parallel --grad-checkpoint",
-                                 "--lambda-cap 0 --accum 2"])
+@pytest.mark.parametrize("how", ["--lambda-cap 0", "--pooler parallel --grad-checkpoint --accum 2"])
 def test_torchrun_trains_as_one_process_does(how, tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", CoCaConfig())
     own = [*own_images(tmp_path / "own"), *flags("--steps 3", how)]
@@ -617,7 +616,7 @@ OLD = dict(vocabulary=["<pad>"], config={}, step=3)
 @pytest.mark.parametrize("content, size, message", [
     (NEW, 0, "not a checkpoint"), (NEW, 1000, "not a checkpoint"), (NEW, None, "not a checkpoint"),
     ({**NEW, "config": {"depth": 3}}, None, "not a checkpoint"),
-    ({**NEW, "model": Bomb()}, None, "not a checkpoint"), ([1, 2], None, "something else"),
+    ({**NEW, "model": Bomb()}, None, "not a checkpoint"), ([1, 2], None, "not a checkpoint"),
     (OLD, None, f"format is 1, and this version reads {evaluation.FORMAT}")])
 def test_unfit_checkpoints_are_refused_and_left_alone(content, size, message, tmp_path):
     file = tmp_path / "checkpoint.pt"
@@ -729,3 +728,14 @@ def test_the_recipe_of_section_4_1():
     assert matrices["weight_decay"] == 0.01 and vectors["weight_decay"] == 0
     assert min(p.dim() for p in matrices["params"]) == 2
     assert max(p.dim() for p in vectors["params"]) == 1
+
+
+def test_gradients_longer_than_1_are_cut_to_1(tmp_path, monkeypatch):
+    def step(optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+
+    norms = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(tmp_path, "--steps 3 --lambda-cap 100")
+    assert norms == pytest.approx([1, 1, 1], rel=1e-3)
