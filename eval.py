@@ -912,12 +912,11 @@ def attention_maps(model, images, tokens):
         pooled, weights = model.generative_pooler(source, return_weights=True)
         queries = weights.mean(1)                                       # (B, Q, P)
     words = words @ queries                                             # (B, L - 1, P)
-    if model.config.pooler == "cascade":
-        _, weights = model.contrastive_pooler(pooled, return_weights=True)
-        embedding = weights.mean(1) @ queries                           # (B, 1, P)
-    else:
-        _, weights = model.contrastive_pooler(source, return_weights=True)
-        embedding = weights.mean(1)                                     # (B, 1, P)
+    cascade = model.config.pooler == "cascade"
+    _, weights = model.contrastive_pooler(pooled if cascade else source, return_weights=True)
+    embedding = weights.mean(1)                                         # (B, 1, Q or P)
+    if cascade:
+        embedding = embedding @ queries                                 # (B, 1, P)
     return words, p[..., 0], embedding, queries
 
 

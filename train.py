@@ -481,7 +481,9 @@ class Run:
     def check_finite(self, when, **values):
         for name, value in values.items():
             if not math.isfinite(value):
-                last = f"; {self.out}/checkpoint.pt is the last good one" * bool(self.rows and self.out)
+                last = ""
+                if self.rows and self.out:  # only the first process knows the folder
+                    last = f"; {self.out}/checkpoint.pt is the last good one"
                 raise UserError(f"{when}: {name} is {value}{last}, try a smaller --lr")
 
 
