@@ -4,6 +4,8 @@
     python eval.py runs/shapes/checkpoint.pt --all                      also all that learns
     python eval.py runs/shapes/checkpoint.pt --task video --clips DIR   one task; your own videos
     python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png        caption your pictures
+    python eval.py runs/shapes/checkpoint.pt --image a.jpg --labels "a ring" "a cross"  which fits
+    python eval.py runs/shapes/checkpoint.pt --image *.png --find "a red ring"  best picture first
     python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D  other data
     python eval.py runs/shapes/checkpoint.pt --json scores.json         scores for machines
     python eval.py runs/shapes/checkpoint.pt --report report.html       a page with pictures
@@ -163,18 +165,23 @@ def caption(model, tokenizer, images, **how):
 # Metrics
 
 
+def embed_classes(model, tokenizer, classes, templates=("{}",)):
+    """-> (classes, E) unit norm. As in CLIP, a class is the mean of its prompts' embeddings."""
+    prompts = []
+    for name in classes:
+        prompts += [template.format(name) for template in templates]
+    text = embed_texts(model, tokenizer, prompts)                       # (classes * templates, E)
+    text = text.unflatten(0, (len(classes), -1)).mean(1)                # (classes, E)
+    return F.normalize(text, dim=-1)
+
+
 def zero_shot(image_embedding, model, tokenizer, data):
     """Zero-shot classification (Table 4) -> the class (N,) whose prompts lie nearest.
 
-    Prompt ensembling as in CLIP: a class is the mean of its prompts' embeddings. -1 where two
-    classes are equally near: a model that tells nothing apart must not score.
+    -1 where two classes are equally near: a model that tells nothing apart must not score.
     """
-    prompts = []
-    for name in data.classes:
-        prompts += [template.format(name) for template in data.templates]
-    text = embed_texts(model, tokenizer, prompts)                       # (classes * templates, E)
-    text = text.unflatten(0, (len(data.classes), -1)).mean(1)           # (classes, E)
-    scores = image_embedding @ F.normalize(text, dim=-1).T              # (N, classes)
+    text = embed_classes(model, tokenizer, data.classes, data.templates)
+    scores = image_embedding @ text.T                                   # (N, classes)
     best, predicted = scores.max(1)
     alone = (~(scores < best[:, None])).sum(1) == 1  # (NaN is not less than anything)
     return torch.where(alone, predicted, -1)
@@ -195,17 +202,10 @@ def recall(scores, relevant, ks=(1, 5, 10)):
     found = {}
     for k in ks:
         hits = sum(rank < k for rank in ranks) / len(ranks)
-        chance = sum(chance_of_a_hit(items, len(right), k) for right in relevant) / len(ranks)
-        found[k] = hits, chance
+        draws = math.comb(items, min(k, items))  # of which some hold no relevant item
+        misses = sum(math.comb(items - len(right), min(k, items)) / draws for right in relevant)
+        found[k] = hits, 1 - misses / len(ranks)
     return found
-
-
-def chance_of_a_hit(items, right, k):
-    """Probability that k of the items, drawn at random, hold one of those that are right."""
-    miss = 1.0
-    for j in range(min(k, items)):
-        miss *= max(items - right - j, 0) / (items - j)
-    return 1 - miss
 
 
 def distinct(captions):
@@ -458,6 +458,7 @@ class Context:
     def labelled(self):
         return self.load("labelled"), self.load("labelled-val")
 
+    @functools.cached_property
     def zero_shot(self):
         """-> predicted classes (N,), and the labelled images they are predicted for."""
         data = self.load("zeroshot")
@@ -495,7 +496,7 @@ def row(score, chance):
 
 
 def zero_shot_task(context):
-    predicted, data = context.zero_shot()
+    predicted, data = context.zero_shot
     return {"zero-shot top-1": row((predicted == data.labels).mean().item(), 1 / len(data.classes))}
 
 
@@ -547,27 +548,25 @@ def captioning_task(context, most=1000):
     return rows
 
 
-def transfer_row(context, read, data, test, recipe, what, model=None, **how):
-    """A new classifier, learned from data's images, tested on those of test."""
+def learned(context, name, read, data, test, recipe, model=None, **how):
+    """A new classifier, learned from data's images, tested on those of test -> {name: row}."""
     classifier = context.classifier(data, **how)
     model = model or context.model
-    score = transfer(model, read, classifier, tensors(data), tensors(test), recipe, what)
-    return row(score, 1 / len(data.classes))
+    score = transfer(model, read, classifier, tensors(data), tensors(test), recipe, name)
+    return {name: row(score, 1 / len(data.classes))}
 
 
 def frozen_task(context):
     """Sec. 3.3 "Frozen-feature evaluation": a linear probe, and the paper's way: a new pooler."""
     data, test = context.labelled
-    rows = {}
-    for name, pooled in (("linear probe", False), ("new pooler", True)):
-        rows[f"frozen, {name}"] = transfer_row(
-            context, image_tokens, data, test, FROZEN, name, pooled=pooled)
+    rows = learned(context, "frozen, linear probe", image_tokens, data, test, FROZEN, pooled=False)
+    rows |= learned(context, "frozen, new pooler", image_tokens, data, test, FROZEN)
     return rows
 
 
 def finetuned_task(context):
     data, test = context.labelled
-    return {"finetuned": transfer_row(context, image_tokens, data, test, FINETUNED, "finetuning")}
+    return learned(context, "finetuned", image_tokens, data, test, FINETUNED)
 
 
 def video_task(context, frames=8):
@@ -585,24 +584,19 @@ def video_task(context, frames=8):
         test, test_moves = moving_shapes("labelled-val", context.size, 400, context.seed, frames)
     torch.manual_seed(context.seed)
     untrained = CoCa(context.model.config).to(device_of(context.model))
-    rows = {}
-    for name, model, recipe in (
-        ("video, frozen", context.model, VIDEO_FROZEN),
-        ("video, finetuned", context.model, VIDEO_FINETUNED),
-        ("video, from scratch", untrained, VIDEO_FINETUNED),
-    ):
-        rows[name] = transfer_row(context, clip_tokens, data, test, recipe, name, model)
+    rows = learned(context, "video, frozen", clip_tokens, data, test, VIDEO_FROZEN)
+    rows |= learned(context, "video, finetuned", clip_tokens, data, test, VIDEO_FINETUNED)
+    rows |= learned(context, "video, from scratch", clip_tokens, data, test, VIDEO_FINETUNED,
+                    untrained)
     if context.clips:
         return rows
     # The order of frames: each test clip is there forwards and backwards
     both_ways = dataclasses.replace(
         test_moves, images=np.concatenate([test_moves.images, test_moves.images[:, ::-1]]),
         labels=np.concatenate([test_moves.labels, 1 - test_moves.labels]))
-    name = "video order, frozen"
-    rows[name] = transfer_row(context, clip_tokens, moves, both_ways, VIDEO_FROZEN, name)
-    name = "video order, frozen, temporal embedding"
-    rows[name] = transfer_row(
-        context, clip_tokens, moves, both_ways, VIDEO_FROZEN, name, frames=frames)
+    rows |= learned(context, "video order, frozen", clip_tokens, moves, both_ways, VIDEO_FROZEN)
+    rows |= learned(context, "video order, frozen, temporal embedding", clip_tokens, moves,
+                    both_ways, VIDEO_FROZEN, frames=frames)
     return rows
 
 
@@ -652,15 +646,20 @@ TASKS = {
 }
 
 
-def evaluate(model, tokenizer, settings, tasks=("zero-shot", "retrieval", "captioning"),
-             strict=False, clips=None):
+STANDARD = ("zero-shot", "retrieval", "captioning")
+
+
+def evaluate(model, tokenizer, settings, tasks=STANDARD, strict=False, clips=None):
     """Tasks on the data of `settings` (data, data_dir, seed) -> a dict of plain numbers and texts.
 
     A task that lacks something is left out with a note; strict: it is a UserError.
     """
-    model.eval()
-    context = Context(model, tokenizer, settings, clips)
-    scores = {"data": settings["data"]}
+    return run_tasks(Context(model, tokenizer, settings, clips), tasks, strict)
+
+
+def run_tasks(context, tasks, strict):
+    context.model.eval()
+    scores = {"data": context.settings["data"]}
     for name in tasks:
         lacks = missing(name, context)
         if lacks and strict:
@@ -700,8 +699,57 @@ def print_scores(scores, examples=1):
 
 
 def as_text(name, value):
-    """A score as it is printed: a share in per cent, CIDEr-D, which is none, as it is."""
-    return f"{value:.3f}" if name == "CIDEr-D" else f"{value:.2%}"
+    """A score as it is printed: a share in per cent; CIDEr-D and cosines, which are none, as such."""
+    return f"{value:.3f}" if name in ("CIDEr-D", "find") else f"{value:.2%}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Your own classes and searches
+
+
+def check_texts(texts, model, tokenizer):
+    """UserError of texts that say nothing to the model; a note of the words that do not."""
+    if not model.config.lambda_con:
+        raise UserError("--labels and --find need embeddings, and the checkpoint was trained with "
+                        "--lambda-con 0; give another one")
+    rows = tokenizer.encode(texts, model.config.text_len).tolist()
+    for i, text in enumerate(texts):
+        if max(rows[i]) <= UNKNOWN:
+            raise UserError(f"{text!r}: the checkpoint knows none of its words; use words of the "
+                            "captions that it learned from")
+        if rows[i] in rows[:i]:
+            first = texts[rows.index(rows[i])]
+            raise UserError(f"{first!r} and {text!r} are the same to the checkpoint; drop one")
+    unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
+    if unknown:
+        note(f"words that the checkpoint does not know: {', '.join(unknown)}")
+
+
+@torch.no_grad()
+def compare(model, tokenizer, images, names, labels, find):
+    """Images (N, 3, S, S) uint8 and texts of your own, where there are any, best first.
+
+    -> {"labels": {image: {label: probability}}, by the softmax of Eq. (2) over the labels,
+    "find": {text: {image: cosine}}}.
+    """
+    embedding = embed_images(model, images)                             # (N, E)
+    found = {}
+    if labels:
+        cosine = embedding @ embed_classes(model, tokenizer, labels).T  # (N, labels)
+        found["labels"] = ranked(names, labels, (cosine / model.temperature).softmax(1))
+    if find:
+        cosine = embed_texts(model, tokenizer, find) @ embedding.T      # (texts, N)
+        found["find"] = ranked(find, names, cosine)
+    return found
+
+
+def ranked(queries, answers, values, most=None):
+    """values (queries, answers) -> {query: {answer: value}}, at most `most`, the largest first."""
+    found = {}
+    for query, row in zip(queries, values.tolist()):
+        pairs = sorted(zip(answers, row), key=lambda pair: -pair[1])
+        found[query] = dict(pairs[:most])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -713,30 +761,19 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark;
-  --paper: #fff; --ink: #1a1a1a; --line: #c8c8c8; --tint: #ffb74d; --curve: #0059b3 }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16181c; --ink: #e8e8e8; --line: #484d55; --tint: #8a4b00; --curve: #7ab8ff } }
-body { margin: auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
-a { color: var(--curve); margin-right: 1rem }
-.skip:not(:focus) { position: absolute; transform: translateY(-200%) }
-.scroll { overflow-x: auto; overflow-wrap: normal; margin-bottom: .75rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption, th, td { padding: .15rem .5rem; border-bottom: 1px solid var(--line);
-  text-align: left; vertical-align: top }
-.heat, .bar { display: block; padding: 0 .3rem;
-  background: color-mix(in srgb, var(--tint) calc(var(--share) * 100%), transparent) }
-.bar { min-width: 6rem;
-  background: linear-gradient(to right, var(--tint) calc(var(--share) * 100%), transparent 0) }
+:root { color-scheme: light dark }
+body { margin: auto; max-width: 70rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #8888 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; height: max-content }
+caption, th, td { padding: .15rem .5rem; border-bottom: 1px solid #8888; text-align: left }
+meter { width: 6rem; margin-right: .5rem }
 .row { display: flex; flex-wrap: wrap; gap: .75rem; margin: .75rem 0 }
 figure { margin: 0; width: 7rem; font-size: .875rem; line-height: 1.3 }
 img { display: block; width: 7rem; height: 7rem; image-rendering: pixelated }
 .map img { background: var(--picture) 0 0 / 100% 100%; print-color-adjust: exact }
-.matrix, .matrix img { width: min(100%, 40rem); height: auto; background: #000; color: #fff }
-svg { width: 22rem; max-width: 100%; fill: none; stroke: var(--line) }
-text { fill: var(--ink); stroke: none; font-size: 12px }
+.matrix, .matrix img { width: min(100%, 30rem); height: auto; background: #000; color: #fff }
+svg { width: 32rem; max-width: 100% }
 </style>"""
 
 
@@ -749,10 +786,12 @@ def tag(name, /, *content, **attributes):
     given = ""
     for key, value in attributes.items():
         given += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+    if name == "img":  # has no content, and no end
+        return Html(f"<img{given}>")
     inside = ""
     for part in content:
         inside += part if isinstance(part, Html) else html.escape(str(part))
-    return Html(f"<{name}{given}>" if name == "img" else f"<{name}{given}>{inside}</{name}>")
+    return Html(f"<{name}{given}>{inside}</{name}>")
 
 
 def png(pixels):
@@ -770,7 +809,8 @@ def picture(image):
 
 def heat(shares):
     """(H, W) in [0, 1] -> PNG from dark blue to yellow, to lie over a picture."""
-    low, high = np.array([20, 20, 90, 110]), np.array([255, 225, 0, 150])  # RGBA
+    low = np.array([20, 20, 90, 110])  # RGBA
+    high = np.array([255, 225, 0, 150])
     return png((low + shares[..., None] * (high - low)).astype(np.uint8))
 
 
@@ -779,17 +819,15 @@ def figure(source, alt, *text, **attributes):
 
 
 def table(title, columns, rows):
-    """rows: lists of cells, of which the first heads the row. A wide table scrolls by itself."""
-    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in columns)))
-    body = []
+    """rows: lists of cells, of which the first heads the row."""
+    lines = [tag("tr", *(tag("th", name, scope="col") for name in columns))]
     for first, *rest in rows:
-        body.append(tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)))
-    whole = tag("table", tag("caption", title), head, tag("tbody", *body))
-    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=title)
+        lines.append(tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)))
+    return tag("table", tag("caption", title), *lines)
 
 
-def tinted(share, text, kind="heat"):
-    return tag("span", text, class_=kind, style=f"--share:{min(max(share, 0), 1):.3f}")
+def bar(share, text):
+    return tag("span", tag("meter", value=f"{share:.3f}", aria_hidden="true"), text)
 
 
 def spread(n, k):
@@ -797,30 +835,38 @@ def spread(n, k):
     return np.unique(np.linspace(0, n - 1, k).astype(int))
 
 
-def chart(name, steps, values):
-    """SVG of values (n,) over steps (n,), on a log scale, as means of at most 300 windows."""
-    windows = np.array_split(values, min(len(values), 300))
-    y = np.array([max(window.mean(), 1e-4) for window in windows])
-    low = y.min()
-    high = max(y.max(), 1.01 * y.min())
+STROKES = [("#0a7bd0", "none"), ("#d55e00", "7 3"), ("#009e73", "2 3")]  # colours, dashes
+
+
+def chart(title, steps, curves):
+    """SVG of curves {name: values (n,)} over steps (n,), log scale, means of <= 300 windows."""
+    means = {}
+    for name, values in curves.items():
+        windows = np.array_split(values, min(len(values), 300))
+        means[name] = np.array([max(window.mean(), 1e-4) for window in windows])
+    low = min(y.min() for y in means.values())
+    high = max(1.01 * low, *(y.max() for y in means.values()))
 
     def down(value):  # -> pixels from the top
         return 190 - 160 * np.log(value / low) / np.log(high / low)
 
-    axes = ""
+    parts = []
     for value in np.geomspace(low, high, 5):
-        axes += f'<path d="M60 {down(value):.0f}H345"/>'
-        axes += f'<text x="55" y="{down(value) + 4:.0f}" text-anchor="end">{value:.3g}</text>'
+        parts.append(tag("path", d=f"M60 {down(value):.0f}H345", stroke="#8888"))
+        parts.append(tag("text", f"{value:.3g}", x=55, y=round(down(value)) + 4, text_anchor="end"))
     for x, step in ((60, steps[0]), (345, steps[-1])):
-        axes += f'<text x="{x}" y="208" text-anchor="middle">{step:,.0f}</text>'
-    places = zip(np.linspace(60, 345, len(y)), y)
-    points = " ".join(f"{x:.1f},{down(value):.1f}" for x, value in places)
-    summary = (f"{name}: {values[0]:.3g} at step {steps[0]:,.0f}, least {values.min():.3g}, "
-               f"{values[-1]:.3g} at step {steps[-1]:,.0f}")
-    title = tag("text", f"{name} (log scale) over steps", x=60, y=18)
-    curve = tag("polyline", points=points, style="stroke: var(--curve)")
-    return tag("svg", tag("title", summary), title, Html(axes), curve,
-               viewBox="0 0 370 215", role="img")
+        parts.append(tag("text", f"{step:,.0f}", x=x, y=208, text_anchor="middle"))
+    for i, (name, y) in enumerate(means.items()):
+        colour, dashes = STROKES[i % len(STROKES)]
+        look = dict(fill="none", stroke=colour, stroke_dasharray=dashes, stroke_width=1.5)
+        places = zip(np.linspace(60, 345, len(y)), y)
+        points = " ".join(f"{x:.1f},{down(value):.1f}" for x, value in places)
+        parts.append(tag("polyline", points=points, **look))
+        parts.append(tag("path", d=f"M{60 + 95 * i} 14h20", **look))  # the legend
+        parts.append(tag("text", name, x=85 + 95 * i, y=18))
+        title += f"; {name}: {y[0]:.3g} at first, least {y.min():.3g}, {y[-1]:.3g} at last"
+    return tag("svg", tag("title", title), *parts, viewBox="0 0 370 215", role="img",
+               fill="currentColor", font_size=12)
 
 
 def loss_curves(names, metrics):
@@ -828,12 +874,12 @@ def loss_curves(names, metrics):
     if len(metrics) < 2:
         return [tag("p", "No curves: the run has fewer than two steps.")]
     column = dict(zip(names, metrics.cpu().numpy().T))
-    charts = []
-    for name in ("loss_con", "loss_cap", "loss"):
+    curves = {}
+    for name in ("loss", "loss_con", "loss_cap"):
         if column[name].any():
-            charts.append(chart(name, column["step"], column[name]))
-    text = "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4)."
-    return [tag("p", text), tag("div", *charts, class_="row")]
+            curves[name] = column[name]
+    text = "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4), by steps."
+    return [tag("p", text), chart("Losses over steps, log scale", column["step"], curves)]
 
 
 def confusions(predicted, data):
@@ -858,35 +904,46 @@ def confusions(predicted, data):
     return [matrix, table("The commonest confusions", ["true", "taken for", "images"], rows)]
 
 
+def texts_for_images(found, pictures, show):
+    """found {image: {text: value}}, pictures {image: (3, S, S)}; show(image, text, value): shown."""
+    parts = []
+    for image, texts in found.items():
+        rows = [[text, show(image, text, value)] for text, value in texts.items()]
+        seen = tag("img", src=picture(pictures[image]), alt=image)
+        texts = table(f"Texts for {image}", ["text", "how near"], rows)
+        parts.append(tag("div", seen, texts, class_="row"))
+    return parts
+
+
+def images_for_texts(found, pictures, show):
+    """found {text: {image: value}}; else as above."""
+    parts = []
+    for text, images in found.items():
+        figures = []
+        for image, value in images.items():
+            figures.append(figure(picture(pictures[image]), image, show(image, text, value)))
+        parts += [tag("p", f"Images for “{text}”"), tag("div", *figures, class_="row")]
+    return parts
+
+
 def nearest(image_embedding, model, tokenizer, data, shown=4, best=5):
     """For some images the nearest texts of the whole set, for some texts the nearest images."""
-    texts, of_image = distinct(data.captions)
+    texts, _ = distinct(data.captions)
+    names = [f"Image {i}: {captions[0]}" for i, captions in enumerate(data.captions)]
+    captions_of = dict(zip(names, data.captions))
     cosine = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
-    cosine = cosine.cpu().numpy()
+    some = spread(len(data), shown)
+    texts_of = ranked([names[i] for i in some], texts, cosine[some], best)
+    some = spread(len(texts), shown)
+    images_of = ranked([texts[j] for j in some], names, cosine.T[some], best)
 
-    def right(i, j):
-        return "right" if j in of_image[i] else "wrong"
+    def show(image, text, value):
+        return f"{value:.3f}, " + ("right" if text in captions_of[image] else "wrong")
 
-    def name(i):
-        return f"Image {i}: {data.captions[i][0]}"
-
-    parts = [tag("p", f"Among {len(data):,} images and {len(texts):,} texts."),
-             tag("h3", "Image to text")]
-    for i in spread(len(data), shown):
-        rows = []
-        for j in (-cosine[i]).argsort()[:best]:
-            rows.append([texts[j], f"{cosine[i, j]:.3f}", right(i, j)])
-        image = tag("img", src=picture(data.images[i]), alt=name(i))
-        found = table(f"Texts nearest to image {i}", ["text", "cosine", "right?"], rows)
-        parts.append(tag("div", image, found, class_="row"))
-    parts.append(tag("h3", "Text to image"))
-    for j in spread(len(texts), shown):
-        found = []
-        for i in (-cosine[:, j]).argsort()[:best]:
-            text = f"{cosine[i, j]:.3f}, {right(i, j)}"
-            found.append(figure(picture(data.images[i]), name(i), text))
-        parts += [tag("p", f"“{texts[j]}”"), tag("div", *found, class_="row")]
-    return parts
+    pictures = dict(zip(names, data.images))
+    among = tag("p", f"By cosine, among {len(data):,} images and {len(texts):,} texts.")
+    return [among, *texts_for_images(texts_of, pictures, show),
+            *images_for_texts(images_of, pictures, show)]
 
 
 def attention_maps(model, images, tokens):
@@ -943,8 +1000,8 @@ def captions_with_maps(model, tokenizer, images, names):
             maps.append(map_figure(embedding[i, 0], "image embedding"))
         for token, share, weights in zip(ids[1:], p[i], words[i]):
             if token != PAD:
-                bar = tinted(share, f"{share:.1%}", "bar")
-                maps.append(map_figure(weights, tokenizer.words[token], bar))
+                word = tokenizer.words[token]
+                maps.append(map_figure(weights, word, bar(share, f"{share:.1%}")))
         title = tag("h3", tokenizer.decode(ids) or "no caption")
         parts = [title, tag("p", name), tag("div", *maps, class_="row")]
         if c.n_query and (c.lambda_cap or c.pooler == "cascade"):  # else it never learned
@@ -954,61 +1011,65 @@ def captions_with_maps(model, tokenizer, images, names):
         yield tag("article", *parts, style=f"--picture:url({picture(images[i])})")
 
 
-def scores_section(context, scores):
+def data_sections(context, scores):
+    """Scores and examples of a data set -> {title: parts}."""
     rows = []
     for task, value in scores.items():
         if isinstance(value, dict):
-            shown = tinted(value["score"], as_text(task, value["score"]), "bar")
-            rows.append([task, shown, as_text(task, value["chance"])])
+            score = bar(value["score"], as_text(task, value["score"]))
+            rows.append([task, score, as_text(task, value["chance"])])
     title = f"{context.settings['data']}, {len(context.val):,} validation images"
-    return [table(title, ["task", "score", "chance"], rows)]
+    sections = {"Scores": [table(title, ["task", "score", "chance"], rows)]}
+    if not missing("zero-shot", context):
+        sections["Zero-shot classification"] = confusions(*context.zero_shot)
+    lacks = missing("retrieval", context)
+    if lacks:
+        sections["Scores"].append(tag("p", f"No retrieval: {lacks}."))
+    else:
+        sections["Retrieval"] = nearest(context.image_embedding, context.model, context.tokenizer,
+                                        context.val)
+    return sections
 
 
-def captions_section(model, tokenizer, images, names):
+def own_sections(found, pictures):
+    """What `compare` found about pictures {name: (3, S, S) uint8} -> {title: parts}."""
+    sections = {}
+    if "labels" in found:
+        sections["Labels"] = texts_for_images(
+            found["labels"], pictures, lambda image, label, p: bar(p, as_text("labels", p)))
+    if "find" in found:
+        sections["Find"] = images_for_texts(
+            found["find"], pictures, lambda image, text, cosine: f"{cosine:.3f}, {image}")
+    return sections
+
+
+@torch.no_grad()
+def write_report(args, model, tokenizer, checkpoint, scores, images=None, context=None):
+    """Writes args.report about args.image, which images (N, 3, S, S) hold, or context's data."""
+    names = args.image
+    sections = {}
+    if context:
+        some = spread(len(context.val), 8)
+        images = context.val.images[some]
+        names = [f"true: {context.val.captions[i][0]}" for i in some]
+        sections = data_sections(context, scores)
+    elif args.labels or args.find:
+        sections = own_sections(scores, dict(zip(names, images)))
     text = "lambda_cap is 0: the model never learned to write."
     if model.config.lambda_cap:
         text = ("Under each word its probability; over the image the last layer's cross-attention "
                 "as the word is written, mean of the heads, followed through the pooler to the "
                 "patches. The brightest patch has most.")
-    return [tag("p", text), *captions_with_maps(model, tokenizer, images, names)]
-
-
-@torch.no_grad()
-def write_report(args, model, tokenizer, checkpoint, scores, settings=None):
-    """Writes args.report about the scores and data of `settings`, or without about args.image."""
-    sections = {}
-    if settings:
-        context = Context(model, tokenizer, settings)
-        some = spread(len(context.val), 8)
-        images = context.val.images[some]
-        names = [f"true: {context.val.captions[i][0]}" for i in some]
-        sections["Scores"] = scores_section(context, scores)
-    else:
-        images = read_images(args.image, model.config.image_size)
-        names = args.image
+    articles = captions_with_maps(model, tokenizer, images, names)
+    sections["Captions and attention"] = [tag("p", text), *articles]
     sections["Loss curves"] = loss_curves(checkpoint["metrics_names"], checkpoint["metrics"])
-    if settings and model.config.lambda_con:
-        if not missing("zero-shot", context):
-            sections["Zero-shot classification"] = confusions(*context.zero_shot())
-        sections["Retrieval"] = nearest(context.image_embedding, model, tokenizer, context.val)
-    elif settings:
-        text = "lambda_con is 0: images and texts share no space to classify or retrieve in."
-        sections["Scores"].append(tag("p", text))
-    sections["Captions and attention"] = captions_section(model, tokenizer, images, names)
     facts = {**checkpoint["settings"], **checkpoint["config"], "step": checkpoint["step"]}
-    links = []
-    parts = []
-    for i, (title, content) in enumerate(sections.items()):
-        links.append(tag("a", title, href=f"#part-{i}"))
-        parts.append(tag("section", tag("h2", title, id=f"part-{i}"), *content))
-    about = table("The run and the model", ["name", "value"], facts.items())
-    about = tag("details", tag("summary", "Settings"), about)
-    title = tag("h1", "CoCa report")
-    main = tag("main", title, tag("p", args.checkpoint), about, *parts, id="main")
-    skip = tag("a", "Skip to the content", href="#main", class_="skip")
+    sections["Settings"] = [table("The run and the model", ["name", "value"], facts.items())]
+    parts = [tag("h1", "CoCa report"), tag("p", args.checkpoint)]
+    for title, content in sections.items():
+        parts.append(tag("section", tag("h2", title), *content))
     page = PAGE + tag("title", f"CoCa: {args.checkpoint}") + "</head>"
-    page += tag("body", skip, tag("nav", *links, aria_label="Sections"), main) + "</html>\n"
-    write_new(args.report, page)
+    write_new(args.report, page + tag("body", tag("main", *parts)) + "</html>\n")
 
 
 def write_new(path, text):
@@ -1024,11 +1085,6 @@ def write_new(path, text):
 # Command line
 
 
-def read_images(files, size):
-    """-> (N, 3, size, size) uint8."""
-    return np.stack([read_image(Path(file), size) for file in files])
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 usage="python eval.py CHECKPOINT [options]")
@@ -1042,44 +1098,69 @@ def parse_args(argv=None):
     p.add_argument("--clips", metavar="DIR", help="task video on your clips: a folder per class, "
                                                   "of folders of frames or .npy arrays")
     p.add_argument("--image", nargs="+", metavar="FILE", help="caption these image files instead")
+    p.add_argument("--labels", nargs="+", metavar="TEXT",
+                   help="with --image: which of these texts fits each picture, instead of captions")
+    p.add_argument("--find", nargs="+", metavar="TEXT",
+                   help="with --image: the pictures by likeness to each text, instead of captions")
     p.add_argument("--json", metavar="FILE", type=new_file, help="also write the scores there")
     p.add_argument("--report", metavar="FILE", type=new_file,
                    help="also make a page there, with curves, examples and attention")
     p.add_argument("--device", default="auto",
                    help="cuda, mps or cpu (default: the first there is)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if (args.labels or args.find) and not args.image:
+        p.error("--labels and --find need --image, the pictures to compare with")
+    if args.labels and len(args.labels) < 2:
+        p.error("--labels needs two texts or more to choose from")
+    return args
+
+
+def own_images(args, model, tokenizer):
+    """Captions, labels or finds for args.image -> the images (N, 3, S, S) uint8, scores."""
+    for texts in (args.labels, args.find):
+        if texts:
+            check_texts(texts, model, tokenizer)
+    images = np.stack([read_image(Path(file), model.config.image_size) for file in args.image])
+    scores = {}
+    if args.labels or args.find:
+        scores = compare(model, tokenizer, images, args.image, args.labels, args.find)
+        for task, found in scores.items():
+            for query, answers in found.items():
+                print(f"{query}:")
+                for answer, value in answers.items():
+                    print(f"{as_text(task, value):>9}  {answer}")
+    elif model.config.lambda_cap:
+        scores = dict(zip(args.image, caption(model, tokenizer, images)))
+        for name, text in scores.items():
+            print(f"{name}: {text}")
+    else:
+        note("no captions: the checkpoint was trained with --lambda-cap 0")
+    return images, scores
 
 
 def main(argv=None):
     args = parse_args(argv)
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
-    settings = None
+    images = None
+    context = None
     if args.image:
-        scores = {}
-        images = read_images(args.image, model.config.image_size)
-        if model.config.lambda_cap:
-            scores = dict(zip(args.image, caption(model, tokenizer, images)))
-        else:
-            note("no captions: the checkpoint was trained with --lambda-cap 0")
-        for name, text in scores.items():
-            print(f"{name}: {text}")
+        images, scores = own_images(args, model, tokenizer)
     else:
         settings = dict(checkpoint["settings"])
         if args.data:
             settings.update(data=args.data, data_dir=args.data_dir, val_from_train=0)
         elif args.data_dir:
             settings["data_dir"] = args.data_dir
-        if args.task:
-            scores = evaluate(model, tokenizer, settings, args.task, strict=True, clips=args.clips)
-        elif args.all:
-            scores = evaluate(model, tokenizer, settings, TASKS, clips=args.clips)
-        else:
-            scores = evaluate(model, tokenizer, settings)
+        context = Context(model, tokenizer, settings, args.clips)
+        tasks = args.task or STANDARD
+        if args.all and not args.task:
+            tasks = TASKS
+        scores = run_tasks(context, tasks, strict=bool(args.task))
         print_scores(scores, examples=5)
     if args.json:
         write_new(args.json, json.dumps(scores, indent=1))
     if args.report:
-        write_report(args, model, tokenizer, checkpoint, scores, settings)
+        write_report(args, model, tokenizer, checkpoint, scores, images, context)
 
 
 if __name__ == "__main__":
