@@ -337,14 +337,12 @@ UNDERSTANDING = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=600)
 
 
 def image_tokens(model, images):
-    """images (B, 3, S, S) uint8 -> (B, P, D); decoder and poolers are discarded."""
-    return (model.encoder(to_model(images)),)
+    """images (B, 3, S, S) uint8 -> (B, P, D); clips (B, frames, 3, S, S) -> (B, frames, P, D).
 
-
-def clip_tokens(model, clips):
-    """clips (B, frames, 3, S, S) uint8 -> (B, frames, P, D): each frame by itself (Sec. 3.3)."""
-    tokens = model.encoder(to_model(clips.flatten(0, 1)))               # (B * frames, P, D)
-    return (tokens.unflatten(0, (len(clips), -1)),)
+    Decoder and poolers are discarded, and each frame goes by itself through the encoder (Sec. 3.3).
+    """
+    tokens = model.encoder(to_model(images.flatten(0, -4)))             # (B * frames, P, D)
+    return (tokens.unflatten(0, images.shape[:-3]),)
 
 
 def decoder_states(model, images, tokens):
@@ -584,9 +582,9 @@ def video_task(context, frames=8):
         test, test_moves = moving_shapes("labelled-val", context.size, 400, context.seed, frames)
     torch.manual_seed(context.seed)
     untrained = CoCa(context.model.config).to(device_of(context.model))
-    rows = learned(context, "video, frozen", clip_tokens, data, test, VIDEO_FROZEN)
-    rows |= learned(context, "video, finetuned", clip_tokens, data, test, VIDEO_FINETUNED)
-    rows |= learned(context, "video, from scratch", clip_tokens, data, test, VIDEO_FINETUNED,
+    rows = learned(context, "video, frozen", image_tokens, data, test, VIDEO_FROZEN)
+    rows |= learned(context, "video, finetuned", image_tokens, data, test, VIDEO_FINETUNED)
+    rows |= learned(context, "video, from scratch", image_tokens, data, test, VIDEO_FINETUNED,
                     untrained)
     if context.clips:
         return rows
@@ -594,8 +592,8 @@ def video_task(context, frames=8):
     both_ways = dataclasses.replace(
         test_moves, images=np.concatenate([test_moves.images, test_moves.images[:, ::-1]]),
         labels=np.concatenate([test_moves.labels, 1 - test_moves.labels]))
-    rows |= learned(context, "video order, frozen", clip_tokens, moves, both_ways, VIDEO_FROZEN)
-    rows |= learned(context, "video order, frozen, temporal embedding", clip_tokens, moves,
+    rows |= learned(context, "video order, frozen", image_tokens, moves, both_ways, VIDEO_FROZEN)
+    rows |= learned(context, "video order, frozen, temporal embedding", image_tokens, moves,
                     both_ways, VIDEO_FROZEN, frames=frames)
     return rows
 
@@ -760,7 +758,7 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,"><style>
+<style>
 :root { color-scheme: light dark }
 body { margin: auto; max-width: 70rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
   overflow-wrap: anywhere }
@@ -904,46 +902,41 @@ def confusions(predicted, data):
     return [matrix, table("The commonest confusions", ["true", "taken for", "images"], rows)]
 
 
-def texts_for_images(found, pictures, show):
-    """found {image: {text: value}}, pictures {image: (3, S, S)}; show(image, text, value): shown."""
+def texts_for_images(found, pictures):
+    """found {image: {text: nearness}}, pictures {image: (3, S, S) uint8}."""
     parts = []
     for image, texts in found.items():
-        rows = [[text, show(image, text, value)] for text, value in texts.items()]
+        rows = [[text, bar(value, f"{value:.3f}")] for text, value in texts.items()]
         seen = tag("img", src=picture(pictures[image]), alt=image)
-        texts = table(f"Texts for {image}", ["text", "how near"], rows)
-        parts.append(tag("div", seen, texts, class_="row"))
+        near = table(f"Texts for {image}", ["text", "how near"], rows)
+        parts.append(tag("div", seen, near, class_="row"))
     return parts
 
 
-def images_for_texts(found, pictures, show):
-    """found {text: {image: value}}; else as above."""
+def images_for_texts(found, pictures):
+    """found {text: {image: nearness}}, pictures {image: (3, S, S) uint8}."""
     parts = []
     for text, images in found.items():
-        figures = []
+        near = []
         for image, value in images.items():
-            figures.append(figure(picture(pictures[image]), image, show(image, text, value)))
-        parts += [tag("p", f"Images for “{text}”"), tag("div", *figures, class_="row")]
+            near.append(figure(picture(pictures[image]), image, f"{value:.3f} {image}"))
+        parts += [tag("p", f"Images for “{text}”"), tag("div", *near, class_="row")]
     return parts
 
 
 def nearest(image_embedding, model, tokenizer, data, shown=4, best=5):
     """For some images the nearest texts of the whole set, for some texts the nearest images."""
     texts, _ = distinct(data.captions)
-    names = [f"Image {i}: {captions[0]}" for i, captions in enumerate(data.captions)]
-    captions_of = dict(zip(names, data.captions))
-    cosine = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
-    some = spread(len(data), shown)
-    texts_of = ranked([names[i] for i in some], texts, cosine[some], best)
-    some = spread(len(texts), shown)
-    images_of = ranked([texts[j] for j in some], names, cosine.T[some], best)
-
-    def show(image, text, value):
-        return f"{value:.3f}, " + ("right" if text in captions_of[image] else "wrong")
-
+    names = [f"image {i}: {captions[0]}" for i, captions in enumerate(data.captions)]
     pictures = dict(zip(names, data.images))
-    among = tag("p", f"By cosine, among {len(data):,} images and {len(texts):,} texts.")
-    return [among, *texts_for_images(texts_of, pictures, show),
-            *images_for_texts(images_of, pictures, show)]
+    cosine = image_embedding @ embed_texts(model, tokenizer, texts).T   # (images, texts)
+    parts = [tag("p", f"By cosine, among {len(data):,} images and {len(texts):,} texts.")]
+    some = spread(len(data), shown)
+    found = ranked([names[i] for i in some], texts, cosine[some], best)
+    parts += texts_for_images(found, pictures)
+    some = spread(len(texts), shown)
+    found = ranked([texts[j] for j in some], names, cosine.T[some], best)
+    return parts + images_for_texts(found, pictures)
 
 
 def attention_maps(model, images, tokens):
@@ -1031,18 +1024,6 @@ def data_sections(context, scores):
     return sections
 
 
-def own_sections(found, pictures):
-    """What `compare` found about pictures {name: (3, S, S) uint8} -> {title: parts}."""
-    sections = {}
-    if "labels" in found:
-        sections["Labels"] = texts_for_images(
-            found["labels"], pictures, lambda image, label, p: bar(p, as_text("labels", p)))
-    if "find" in found:
-        sections["Find"] = images_for_texts(
-            found["find"], pictures, lambda image, text, cosine: f"{cosine:.3f}, {image}")
-    return sections
-
-
 @torch.no_grad()
 def write_report(args, model, tokenizer, checkpoint, scores, images=None, context=None):
     """Writes args.report about args.image, which images (N, 3, S, S) hold, or context's data."""
@@ -1053,8 +1034,10 @@ def write_report(args, model, tokenizer, checkpoint, scores, images=None, contex
         images = context.val.images[some]
         names = [f"true: {context.val.captions[i][0]}" for i in some]
         sections = data_sections(context, scores)
-    elif args.labels or args.find:
-        sections = own_sections(scores, dict(zip(names, images)))
+    if args.labels:
+        sections["Labels"] = texts_for_images(scores["labels"], dict(zip(names, images)))
+    if args.find:
+        sections["Find"] = images_for_texts(scores["find"], dict(zip(names, images)))
     text = "lambda_cap is 0: the model never learned to write."
     if model.config.lambda_cap:
         text = ("Under each word its probability; over the image the last layer's cross-attention "

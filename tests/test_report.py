@@ -129,6 +129,21 @@ def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(make, flags
     assert all(phrase in shown for phrase in there) and not any(phrase in shown for phrase in left_out)
 
 
+@pytest.mark.parametrize("name, flags", [
+    ("embed_images", ()), ("zero_shot", ()), ("read_image", ("--image", f"{HOSTILE}.png"))])
+def test_scores_and_page_share_what_they_read_and_compute(make, monkeypatch, name, flags):
+    calls = []
+    original = getattr(evaluation, name)
+
+    def count(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(evaluation, name, count)
+    make(*flags)
+    assert len(calls) == 1
+
+
 def test_a_page_is_never_written_over_another_file(make, capsys):
     make()
     for taken, why in (("page.html", "is there already"), ("none/page.html", "cannot be made")):
@@ -276,16 +291,16 @@ def test_confusions_of_a_model_that_says_nothing_are_a_page_too():
     assert not Page("".join(confusions(np.full(5, -1), data))).faults
 
 
-def test_retrieval_examples_show_the_nearest_first_and_which_are_right(monkeypatch):
+def test_retrieval_examples_show_the_nearest_first(monkeypatch):
     texts = F.normalize(torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]]), dim=-1)
     monkeypatch.setattr(evaluation, "embed_texts", lambda *args: texts)
     data = Dataset(np.zeros((2, 3, 1, 1), np.uint8), [["x", "y"], ["z"]])
-    for images, expected in (
-            (torch.eye(2), "x 1.000, right y 0.600, right z 0.000, wrong"),
-            (torch.eye(2).flip(0), "z 1.000, wrong y 0.800, right x 0.000, right")):  # control
+    for images, of_image, of_text in (
+            (torch.eye(2), "x 1.000 y 0.600 z 0.000", "1.000 image 0: x 0.000 image 1: z"),
+            (torch.eye(2).flip(0), "z 1.000 y 0.800 x 0.000", "1.000 image 1: z 0.000 image 0: x")):
         shown = " ".join(Page("".join(nearest(images, None, None, data))).texts)
-        assert f"Texts for Image 0: x text how near {expected}" in shown
-        assert "“x” 1.000, " + ("right" if expected[0] == "x" else "wrong") in shown
+        assert f"Texts for image 0: x text how near {of_image}" in shown
+        assert f"Images for “x” {of_text}" in shown
 
 
 def test_the_cells_of_a_table_have_heads():

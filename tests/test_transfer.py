@@ -379,7 +379,7 @@ def test_json_never_goes_over_a_file_or_nowhere_and_this_is_said_first(command, 
     assert not command("--task", "retrieval", "--json", "scores.json")
     before = open("scores.json").read()
     assert json.loads(before)["image to text R@1"]["chance"] > 0
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **named: pytest.fail("work"))
+    monkeypatch.setattr(evaluation, "run_tasks", lambda *args, **named: pytest.fail("work"))
     for name, why in (("scores.json", "is there already"), ("none/x.json", "none/x.json cannot be made")):
         assert command("--json", name) == 2 and why in capsys.readouterr().err.splitlines()[-1]
     assert open("scores.json").read() == before
