@@ -546,25 +546,26 @@ def captioning_task(context, most=1000):
     return rows
 
 
-def learned(context, name, read, data, test, recipe, model=None, **how):
-    """A new classifier, learned from data's images, tested on those of test -> {name: row}."""
+def learn(context, name, data, test, recipe, model=None, **how):
+    """A new classifier of image tokens, learned from data, tested on test -> {name: row}."""
     classifier = context.classifier(data, **how)
     model = model or context.model
-    score = transfer(model, read, classifier, tensors(data), tensors(test), recipe, name)
+    train = tensors(data)
+    score = transfer(model, image_tokens, classifier, train, tensors(test), recipe, name)
     return {name: row(score, 1 / len(data.classes))}
 
 
 def frozen_task(context):
     """Sec. 3.3 "Frozen-feature evaluation": a linear probe, and the paper's way: a new pooler."""
     data, test = context.labelled
-    rows = learned(context, "frozen, linear probe", image_tokens, data, test, FROZEN, pooled=False)
-    rows |= learned(context, "frozen, new pooler", image_tokens, data, test, FROZEN)
+    rows = learn(context, "frozen, linear probe", data, test, FROZEN, pooled=False)
+    rows |= learn(context, "frozen, new pooler", data, test, FROZEN)
     return rows
 
 
 def finetuned_task(context):
     data, test = context.labelled
-    return learned(context, "finetuned", image_tokens, data, test, FINETUNED)
+    return learn(context, "finetuned", data, test, FINETUNED)
 
 
 def video_task(context, frames=8):
@@ -582,19 +583,18 @@ def video_task(context, frames=8):
         test, test_moves = moving_shapes("labelled-val", context.size, 400, context.seed, frames)
     torch.manual_seed(context.seed)
     untrained = CoCa(context.model.config).to(device_of(context.model))
-    rows = learned(context, "video, frozen", image_tokens, data, test, VIDEO_FROZEN)
-    rows |= learned(context, "video, finetuned", image_tokens, data, test, VIDEO_FINETUNED)
-    rows |= learned(context, "video, from scratch", image_tokens, data, test, VIDEO_FINETUNED,
-                    untrained)
+    rows = learn(context, "video, frozen", data, test, VIDEO_FROZEN)
+    rows |= learn(context, "video, finetuned", data, test, VIDEO_FINETUNED)
+    rows |= learn(context, "video, from scratch", data, test, VIDEO_FINETUNED, untrained)
     if context.clips:
         return rows
     # The order of frames: each test clip is there forwards and backwards
     both_ways = dataclasses.replace(
         test_moves, images=np.concatenate([test_moves.images, test_moves.images[:, ::-1]]),
         labels=np.concatenate([test_moves.labels, 1 - test_moves.labels]))
-    rows |= learned(context, "video order, frozen", image_tokens, moves, both_ways, VIDEO_FROZEN)
-    rows |= learned(context, "video order, frozen, temporal embedding", image_tokens, moves,
-                    both_ways, VIDEO_FROZEN, frames=frames)
+    rows |= learn(context, "video order, frozen", moves, both_ways, VIDEO_FROZEN)
+    rows |= learn(context, "video order, frozen, temporal embedding", moves, both_ways,
+                  VIDEO_FROZEN, frames=frames)
     return rows
 
 
@@ -642,8 +642,6 @@ TASKS = {
     "video": video_task,
     "understanding": understanding_task,
 }
-
-
 STANDARD = ("zero-shot", "retrieval", "captioning")
 
 
@@ -697,7 +695,7 @@ def print_scores(scores, examples=1):
 
 
 def as_text(name, value):
-    """A score as it is printed: a share in per cent; CIDEr-D and cosines, which are none, as such."""
+    """A score as it is printed: a share in per cent, CIDEr-D and cosines (find) as they are."""
     return f"{value:.3f}" if name in ("CIDEr-D", "find") else f"{value:.2%}"
 
 
@@ -872,34 +870,31 @@ def loss_curves(names, metrics):
     if len(metrics) < 2:
         return [tag("p", "No curves: the run has fewer than two steps.")]
     column = dict(zip(names, metrics.cpu().numpy().T))
-    curves = {}
-    for name in ("loss", "loss_con", "loss_cap"):
-        if column[name].any():
-            curves[name] = column[name]
+    names = ("loss", "loss_con", "loss_cap")
+    curves = {name: column[name] for name in names if column[name].any()}
     text = "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4), by steps."
     return [tag("p", text), chart("Losses over steps, log scale", column["step"], curves)]
 
 
 def confusions(predicted, data):
     """predicted (N,) classes of data's images, -1 = none -> a picture, a table of the commonest."""
-    C = len(data.classes)
     labels = data.labels[predicted >= 0]
     predicted = predicted[predicted >= 0]
-    counts = np.bincount(labels * C + predicted, minlength=C * C).reshape(C, C)  # (true, predicted)
-    there = np.flatnonzero(counts.sum(0) + counts.sum(1))  # without classes that do not occur
-    if not len(there):
+    if not len(predicted):
         return [tag("p", "For no image one class is nearer than all others.")]
-    shares = (counts / counts.sum(1, keepdims=True).clip(1))[there][:, there]
-    title = f"Rows: true classes, columns: predicted, {len(there)} of {C} classes"
-    matrix = figure(heat(shares), f"Heat map. {title}. The next table has its main entries.",
+    counts = np.zeros((len(data.classes), len(data.classes)))
+    np.add.at(counts, (labels, predicted), 1)                           # (true, predicted)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    there = np.union1d(labels, predicted)  # without classes that do not occur
+    title = f"Rows: true classes, columns: predicted, {len(there)} of {len(data.classes)} classes"
+    matrix = figure(heat(shares[there][:, there]),
+                    f"Heat map. {title}. The next table has its main entries.",
                     f"{title}; the brighter, the larger the share of the row", class_="matrix")
-    wrong = counts * (1 - np.eye(C, dtype=int))
     rows = []
-    for k in wrong.ravel().argsort(kind="stable")[::-1][:10]:
-        i, j = divmod(int(k), C)
-        if wrong[i, j]:
-            rows.append([data.classes[i], data.classes[j], f"{counts[i, j]} of {counts[i].sum()}"])
-    return [matrix, table("The commonest confusions", ["true", "taken for", "images"], rows)]
+    for (i, j), count in Counter(zip(labels, predicted)).most_common():
+        if i != j:
+            rows.append([data.classes[i], data.classes[j], f"{count} of {counts[i].sum():.0f}"])
+    return [matrix, table("The commonest confusions", ["true", "taken for", "images"], rows[:10])]
 
 
 def texts_for_images(found, pictures):
@@ -1035,9 +1030,11 @@ def write_report(args, model, tokenizer, checkpoint, scores, images=None, contex
         names = [f"true: {context.val.captions[i][0]}" for i in some]
         sections = data_sections(context, scores)
     if args.labels:
-        sections["Labels"] = texts_for_images(scores["labels"], dict(zip(names, images)))
+        found = texts_for_images(scores["labels"], dict(zip(names, images)))
+        sections["Labels"] = [tag("p", "Probabilities among these labels, by Eq. (2)."), *found]
     if args.find:
-        sections["Find"] = images_for_texts(scores["find"], dict(zip(names, images)))
+        found = images_for_texts(scores["find"], dict(zip(names, images)))
+        sections["Find"] = [tag("p", "By cosine."), *found]
     text = "lambda_cap is 0: the model never learned to write."
     if model.config.lambda_cap:
         text = ("Under each word its probability; over the image the last layer's cross-attention "
