@@ -4,6 +4,7 @@
     python tests/bench.py grow --config bench-tiny               a step of half and twice the sizes
     python tests/bench.py contrastive --pairs 4096 16384 --processes 1 2 4      Eq. (2), shared
     python tests/bench.py dedup --data cifar10 --data-dir DIR    planted copies: recall, precision
+    python tests/bench.py entropy --seeds 0 1 2                  the poolers' attention, as it learns
 
 pytest does not collect this file. Seconds depend on the machine; what is compared is timed in
 turn. Processes have one thread each. Linux and macOS only.
@@ -30,8 +31,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
 from coca import BEGIN, CONFIGS, END, PAD, CoCa
-from data import NAMES, UserError, load, near_duplicates, pillow
+from data import NAMES, Batches, UserError, load, near_duplicates, pillow, to_model
 from eval import pick_device
 from train import add_up, contrastive_backward, half_precision, make_optimizer
 
@@ -235,10 +237,61 @@ def bench_dedup(name, data_dir, size, mirrored):
     print(f"{len(images):,} images against {len(evaluation):,}: {seconds:.1f} s")
 
 
+# ------------------------------------------------------------------------------------------------
+# Where the generative pooler looks while the default job trains
+
+ENTROPY = Path(__file__).with_name("entropy.csv")
+ENTROPY_COLUMNS = ["start", "seed", "images", "entropy", "val_con", "val_cap"]
+STARTS = ["as it is", "faint positions"]  # initial values
+
+
+class Watched(train.Run):
+    """A run that writes no checkpoint: at each save it adds a line to ENTROPY instead."""
+
+    def overdue(self):
+        return False
+
+    @torch.no_grad()
+    def save(self):
+        images = to_model(torch.tensor(self.val.images[:128]))
+        pooler = self.model.generative_pooler
+        _, weights = pooler(self.model.encoder(images), return_weights=True)  # (B, H, Q, P)
+        entropy = torch.special.entr(weights).sum(-1).mean().item()
+        seen = len(self.rows) * self.settings["batch_size"]
+        row = [*self.out, seen, entropy, *self.validate()]
+        with open(ENTROPY, "a") as f:
+            print(*row, sep=",", file=f)
+
+
+def bench_entropy(seeds):
+    """Entropy of the generative pooler's attention, in nats, over images seen: the mean over heads,
+    queries and images. "faint positions" starts as many a ViT does: the image's positions at 0.2
+    of the sinusoids and the softmax from a standard deviation of 0.02.
+    """
+    if not ENTROPY.exists():
+        ENTROPY.write_text(",".join(ENTROPY_COLUMNS) + "\n")
+    for seed in seeds:
+        for start in STARTS:
+            settings = train.choose_settings(train.parse_args(["--seed", str(seed)]))
+            s = argparse.Namespace(**settings)
+            config = train.make_config(settings)
+            data, val = train.load_data(s, config.image_size, False, 0, 1)
+            model, tokenizer = train.new_model(config, s, data)
+            if start == "faint positions":
+                with torch.no_grad():
+                    model.encoder.position.mul_(0.2)
+                    model.multimodal.head.weight.normal_(std=0.02)
+            run = Watched((start, seed), settings, model, tokenizer, make_optimizer(model), val,
+                          "cpu", [])
+            batches = Batches(data, tokenizer, config.text_len, s.batch_size, seed)
+            train.train(run, batches, 26, [s.batch_size], 0)
+    print(f"saved: {ENTROPY}")
+
+
 def main():
     p = argparse.ArgumentParser(usage="python tests/bench.py WHAT [options]",
                                 description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=["step", "grow", "contrastive", "dedup"])
+    p.add_argument("what", choices=["step", "grow", "contrastive", "dedup", "entropy"])
     p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"])
     p.add_argument("--device", default="auto")
     p.add_argument("--pairs", nargs="+", type=int, default=[4096])
@@ -247,11 +300,14 @@ def main():
     p.add_argument("--data-dir")
     p.add_argument("--size", type=int, default=32, help="pixels a side of images to compare")
     p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = p.parse_args()
     if args.what == "contrastive":
         bench_contrastive(args.pairs, args.processes)
     elif args.what == "dedup":
         bench_dedup(args.data, args.data_dir, args.size, args.mirrored)
+    elif args.what == "entropy":
+        bench_entropy(args.seeds)
     else:
         for name in args.config:
             (bench_step if args.what == "step" else bench_growth)(name, pick_device(args.device))
