@@ -276,6 +276,15 @@ class ImageEncoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.width)
 
+    @torch.no_grad()
+    def standardise(self, mean, std):
+        """Start as if pixels had mean 0 and spread 1: mean, std (3,) of the colours in training.
+
+        What all pixels share would otherwise outweigh, in every patch, what tells patches apart.
+        """
+        self.patches.weight.div_(std[:, None, None].clamp(min=0.01))    # (D, 3, patch, patch)
+        self.patches.bias.copy_(-(self.patches.weight * mean[:, None, None]).sum((1, 2, 3)))
+
     def forward(self, images):
         """images (B, 3, S, S) -> image tokens (B, P, D)."""
         x = self.patches(images)                                        # (B, D, rows, columns)

@@ -357,7 +357,7 @@ def describe(things):
 
 
 def shapes(split, size, subset, seed):
-    counts = {"train": subset or 20_000, "val": 500, "zeroshot": 600,
+    counts = {"train": subset or 10_000, "val": 500, "zeroshot": 600,
               "labelled": 3000, "labelled-val": 1000}
     images = []
     captions = []
