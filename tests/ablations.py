@@ -1,7 +1,7 @@
 """The ablations of Table 8 at small scale: same data, same effort, several seeds a row.
 
     python tests/ablations.py                        all rows on generated scenes, seeds 0, 1, 2
-    python tests/ablations.py --jobs 2               two runs at a time, a process of one thread each
+    python tests/ablations.py --jobs 2               two runs at a time, one thread each
     python tests/ablations.py --rows b f             those rows only
     python tests/ablations.py --rows b f --data cifar10 --data-dir DIR
     python tests/ablations.py --table                what is there already, as Markdown; no run
@@ -35,9 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +52,7 @@ from tqdm import tqdm
 import eval as evaluation
 import train
 from coca import CONFIGS, PAD, Classifier, CoCa, Losses, UnimodalDecoder
-from data import Batches, UserError, load, questions, to_model
+from data import Batches, UserError, load, note, questions
 
 IMAGES = 30_000  # seen in training; chosen on the default row alone, so that it is not at 100 %
 QUESTIONS = 4000  # of which 3,400 are learned from
@@ -193,73 +191,54 @@ ROWS = {"shapes": list(TABLE_8), "cifar10": ["b", "f"]}
 
 
 class Job(NamedTuple):
-    """A run, as far as its result depends on it."""
+    """A run, by what its result depends on: its line in the CSV starts with this."""
 
     variant: str
     data: str
-    images: int
-    seed: int
-    device: str
+    images: str
+    seed: str
+    flags: str  # of train.py but for folders, with what it would choose by itself
 
-    def flags(self):
-        """What train.py needs to be told, but for folders. What it would choose itself is said."""
-        preset = train.PRESETS[self.data]
-        size = preset["batch_size"]
-        steps = max(1, self.images // size)
-        return (f"--data {self.data} --steps {steps} --batch-size {size} --lr {preset['lr']} "
-                f"--seed {self.seed} --device {self.device} {VARIANTS[self.variant].flags}").strip()
-
-    def key(self):
-        """By which its line in the CSV is found."""
-        return self.variant, self.data, str(self.images), str(self.seed), self.flags()
+    @property
+    def steps(self):
+        return train.parse_args(self.flags.split()).steps
 
 
-PARAMETERS = ["variant", "data", "images", "seed", "flags"]  # of key
-COLUMNS = [*PARAMETERS, *SCORES, "training_seconds", "seconds", "commit"]
+def make_job(variant, data, images, seed):
+    preset = train.PRESETS[data]
+    size = preset["batch_size"]
+    flags = (f"--data {data} --steps {max(1, images // size)} --batch-size {size} "
+             f"--lr {preset['lr']} --seed {seed} --device cpu {VARIANTS[variant].flags}")
+    return Job(variant, data, str(images), str(seed), flags.strip())
+
+
+COLUMNS = [*Job._fields, *SCORES, "training_seconds", "seconds", "commit"]
 
 
 def perform(job, data_dir, out):
-    """-> {column: value}. Trains in the folder out, on one thread and in silence."""
+    """Trains in the folder out, on one thread and in silence -> {column: text}."""
     torch.set_num_threads(1)
     began = time.time()
     scores = {}
-
-    def judge(model, tokenizer, settings):  # called by train.main at its end
-        found = {"data": job.data}
-        if job.variant in ("classifier", "encoder-decoder"):
-            scores[ACCURACY] = label_accuracy(model, tokenizer, settings)
-        else:
-            found = evaluation.evaluate(model, tokenizer, settings)
-            scores.update({name: found[name]["score"] for name in SCORES if name in found})
-            if "text to image R@1" in found:
-                scores[BOTH_WAYS] = statistics.fmean(
-                    found[f"{direction} R@1"]["score"]
-                    for direction in ("image to text", "text to image"))
-            if job.data == "shapes":
-                scores[QUESTION] = frozen_questions(model, tokenizer, settings)
-        return found
-
-    folders = ["--out", str(out)]
-    if data_dir:
-        folders += ["--data-dir", data_dir]
+    folders = ["--out", str(out)] + ["--data-dir", str(data_dir)] * bool(data_dir)
     try:
         with silence(), applied(VARIANTS[job.variant]):
-            with mock.patch.object(train, "evaluate", judge):
-                train.main(job.flags().split() + folders)
+            with (mock.patch.object(train, "evaluate", functools.partial(measure, job)),
+                  mock.patch.object(train, "print_scores", scores.update)):
+                train.main(job.flags.split() + folders)
             if any(job.variant == variant for _, variant, _ in TABLE_8["b"][1]):
                 scores[COST] = relative_cost(job, data_dir)
     except SystemExit:  # train.py was asked to stop
         raise UserError("stopped within a run; the same command starts it again") from None
     with open(out / "metrics.csv") as f:
         *_, last = csv.DictReader(f)
-    if "--lambda-cap 0" not in job.flags():
-        scores["val_cap"] = float(last["val_cap"])
-    if "--lambda-con 0" not in job.flags():
-        scores["val_con"] = float(last["val_con"])
-    line = dict(zip(PARAMETERS, job.key()))
-    line.update({name: f"{value:.6g}" for name, value in scores.items()})
-    return {**line, "training_seconds": f"{float(last['seconds']):.1f}",
-            "seconds": f"{time.time() - began:.1f}"}
+    for name, flag in (("val_con", "--lambda-con 0"), ("val_cap", "--lambda-cap 0")):
+        if flag not in job.flags and job.variant != "classifier":  # its loss is Eq. (1)
+            scores[name] = float(last[name])
+    texts = {name: f"{value:.6g}" for name, value in scores.items()}
+    seconds = {"training_seconds": f"{float(last['seconds']):.1f}",
+               "seconds": f"{time.time() - began:.1f}"}
+    return {**job._asdict(), **texts, **seconds}
 
 
 @contextlib.contextmanager
@@ -269,15 +248,28 @@ def silence():
         yield
 
 
+def measure(job, model, tokenizer, settings):
+    """-> {score: value}. Stands in the place of train.evaluate, at the end of train.main."""
+    if job.variant in ("classifier", "encoder-decoder"):
+        return {ACCURACY: label_accuracy(model, tokenizer, settings)}
+    found = evaluation.evaluate(model, tokenizer, settings)
+    scores = {name: found[name]["score"] for name in SCORES if name in found}
+    if "image to text R@1" in found:
+        both = found["image to text R@1"]["score"] + found["text to image R@1"]["score"]
+        scores[BOTH_WAYS] = both / 2
+    if job.data == "shapes":
+        scores[QUESTION] = frozen_questions(model, tokenizer, settings)
+    return scores
+
+
 @torch.no_grad()
 def label_accuracy(model, tokenizer, settings):
     """Share of the labelled validation images whose class is read off rightly."""
     size = model.config.image_size
     val = train.load("shapes", None, "val", size=size, seed=settings["seed"])  # of this variant
     if isinstance(model, LabelClassifier):
-        images = torch.from_numpy(val.images).to(evaluation.device_of(model))
-        best = torch.cat([model.classify(to_model(x)).argmax(-1) for x in images.split(256)])
-        predicted = [tokenizer.words[i] for i in best.tolist()]
+        logits = [model.classify(x) for x in evaluation.in_batches(model, val.images, "classes")]
+        predicted = [tokenizer.words[i] for i in torch.cat(logits).argmax(-1).tolist()]
     else:
         predicted = evaluation.caption(model, tokenizer, val.images)  # greedy
     right = sum(text == true for text, (true,) in zip(predicted, val.captions))
@@ -290,9 +282,9 @@ def frozen_questions(model, tokenizer, settings):
     """
     context = evaluation.Context(model, tokenizer, settings)
     asked = questions(context.size, QUESTIONS, context.seed)
-    learned = QUESTIONS * 85 // 100
     with mock.patch.object(evaluation, "UNDERSTANDING", FROZEN_QUESTIONS):
-        return evaluation.understand(context, asked, chance=0, learned=learned)["score"]
+        row = evaluation.understand(context, asked, chance=0, learned=QUESTIONS * 85 // 100)
+    return row["score"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,80 +300,80 @@ class Timed(train.Run):
 
 def prepared(job, data_dir):
     """-> a run and its batches, on a few images: for timing."""
-    args = train.parse_args([*job.flags().split(), "--subset", "1000"])
-    settings = {**train.choose_settings(args), "data_dir": data_dir}
+    settings = train.choose_settings(train.parse_args([*job.flags.split(), "--subset", "1000"]))
+    settings["data_dir"] = data_dir
     config = train.make_config(settings)
     settings.update({name: getattr(config, name) for name in train.SIZES})
     s = argparse.Namespace(**settings)
     data, val = train.load_data(s, config.image_size, False, 0, 1)
     model, tokenizer = train.new_model(config, s, data)
-    train.prepare(model.to(args.device), s)
-    batches = Batches(data, tokenizer, config.text_len, s.batch_size, s.seed, device=args.device)
+    train.prepare(model, s)
     optimizer = train.make_optimizer(model)
-    return Timed(None, settings, model, tokenizer, optimizer, val, args.device, []), batches
+    batches = Batches(data, tokenizer, config.text_len, s.batch_size, s.seed)
+    return Timed(None, settings, model, tokenizer, optimizer, val, "cpu", []), batches
 
 
-def step_seconds(jobs, data_dir, turns=12, steps=3):
-    """Median seconds of a step of each job, a few steps of each in turn."""
+def step_seconds(jobs, data_dir, turns=8, steps=3):
+    """Median seconds of a step of each job by train.train, a few steps of each in turn."""
     runs = [prepared(job, data_dir) for job in jobs]
     times = [[] for _ in jobs]
     for _ in range(turns + 1):
         for (run, batches), seconds in zip(runs, times):
             began = time.perf_counter()
             run.settings["steps"] = len(run.rows) + steps
-            train.train(run, batches, steps + 1, [run.settings["batch_size"]], 0)
+            train.train(run, batches, steps, [run.settings["batch_size"]], 0)
             seconds.append((time.perf_counter() - began) / steps)
     return [statistics.median(seconds[1:]) for seconds in times]  # the first turn warms up
 
 
 def relative_cost(job, data_dir):
     """Table 8b: seconds of a step, with L_Con alone being 1 (for which 1.00 shows the error)."""
-    seconds, least = step_seconds([job, job._replace(variant="contrastive only")], data_dir)
-    return seconds / least
+    least = make_job("contrastive only", job.data, int(job.images), int(job.seed))
+    seconds, of_least = step_seconds([job, least], data_dir)
+    return seconds / of_least
 
 
-def expectation(job, left, known, jobs, data_dir):
+def expectation(left, lines, args):
     """How long the runs that are left will take, as text."""
-    if not left:
-        return "nothing is left to run"
-    if known:
-        each = statistics.fmean(known)
-        source = "by the runs that are done"
+    if lines:
+        each = statistics.fmean(float(line["seconds"]) for line in lines)
+        source = "by those that are done"
     else:
         with silence():
-            seconds, = step_seconds([job], data_dir)
-        each = seconds * max(1, job.images // train.PRESETS[job.data]["batch_size"])
-        source = f"at {seconds * 1e3:.0f} ms a step, with evaluation some 20 s more each"
-    return f"about {each:.0f} s each, {left * each / jobs / 60:.0f} minutes in all ({source})"
+            seconds, = step_seconds(left[:1], args.data_dir)
+        each = seconds * left[0].steps
+        source = f"at {seconds * 1e3:.0f} ms a step; evaluation not counted"
+    total = each * len(left) / args.jobs / 60
+    return f"some {each:.0f} s each, {total:.0f} minutes in all ({source})"
 
 
 # ------------------------------------------------------------------------------------------------
 # All runs
 
 
-def jobs_of(rows, data, images, seeds, device):
+def jobs_of(rows, args):
     """Each run once, in however many rows it is; seed by seed, so that rows fill evenly."""
     found = {}
-    for seed in seeds:
+    for seed in args.seeds:
         for row in rows:
             for _, variant, _ in TABLE_8[row][1]:
-                found[Job(variant, data, images, seed, device)] = True
+                found[make_job(variant, args.data, args.images, seed)] = True
     return list(found)
 
 
 def read_lines(path):
-    """The CSV -> {key of a job: its line}; {} if there is none."""
+    """The CSV -> {Job: its line}; {} if there is none."""
     if not os.path.exists(path):
         return {}
     lines = {}
     with open(path, newline="") as f:
         reader = csv.DictReader(f)
         if reader.fieldnames and reader.fieldnames != COLUMNS:
-            raise UserError(f"{path}: its columns are not those of this version; give another --out")
+            raise UserError(f"{path}: not the columns of this version; give another --out")
         for line in reader:
             if None in line or None in line.values():
                 raise UserError(f"{path}: line {reader.line_num} is not whole; delete it")
-            lines[tuple(line[name] for name in PARAMETERS)] = line
+            lines[Job(*(line[name] for name in Job._fields))] = line
     return lines
 
 
@@ -398,17 +390,19 @@ def append_line(path, line):
         os.fsync(f.fileno())
 
 
+def git(*arguments):
+    """What git says, "" if it is not there or this is no clone."""
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def commit():
     """Short name of the commit, with + if the four files are not as they are there."""
-    def git(*arguments):
-        found = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        return found.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "coca.py", "data.py", "eval.py", "train.py")
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed) or "unknown"
-    except OSError:
-        return "unknown"
+    changed = git("status", "--porcelain", "coca.py", "data.py", "eval.py", "train.py")
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
 def results(runs, jobs):
@@ -417,25 +411,25 @@ def results(runs, jobs):
         for arguments in runs:
             yield perform(*arguments)
         return
-    waiting = iter(runs)
+    waiting = list(reversed(runs))
+    running = set()
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        running = {pool.submit(perform, *arguments) for arguments in islice(waiting, jobs)}
-        while running:
+        while waiting or running:
+            while waiting and len(running) < jobs:  # no more, so that a stop has none in the queue
+                running.add(pool.submit(perform, *waiting.pop()))
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
-            running |= {pool.submit(perform, *arguments) for arguments in islice(waiting, len(done))}
 
 
 def run_all(jobs, args):
-    """Runs what has no line in the CSV yet."""
+    """Runs what has no line in the CSV yet, and adds its line."""
     lines = read_lines(args.out)
-    left = [job for job in jobs if job.key() not in lines]
-    done = [lines[job.key()] for job in jobs if job.key() in lines]
-    known = [float(line["seconds"]) for line in done]
+    left = [job for job in jobs if job not in lines]
+    done = [lines[job] for job in jobs if job in lines]
     at = commit()
-    print(f"{len(jobs)} runs of {args.images:,} images, {len(done)} done, {len(left)} left:",
-          expectation(jobs[0], len(left), known, args.jobs, args.data_dir), file=sys.stderr)
+    how_long = expectation(left, done, args) if left else "nothing to run"
+    note(f"{len(jobs)} runs, {len(done)} done, {len(left)} left: {how_long}")
     with tempfile.TemporaryDirectory() as folder:
         runs = [(job, args.data_dir, Path(folder) / str(i)) for i, job in enumerate(left)]
         bar = tqdm(results(runs, args.jobs), "runs", len(jobs), initial=len(done))
@@ -443,7 +437,7 @@ def run_all(jobs, args):
             append_line(args.out, {**line, "commit": at})
             scores = [f"{name} {line[name]}" for name in SCORES if name in line]
             bar.write(f"{line['variant']}, seed {line['seed']}, {line['seconds']} s: "
-                      + ", ".join(scores), file=sys.stderr)
+                      f"{', '.join(scores)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -501,33 +495,34 @@ def markdown(row, lines):
     title, entries = TABLE_8[row]
     _, reference, reference_paper = entries[0]
     variants = [variant for _, variant, _ in entries]
-    shown = [score for score in SCORES
-             if any(values_of(lines, variant, score) for variant in variants)]
-    if row != "b" and COST in shown:
-        shown.remove(COST)
-    cells = [[title, *shown, "paper's difference", "here"]]
+    shown = []
+    for score in SCORES:
+        there = any(values_of(lines, variant, score) for variant in variants)
+        if there and (score != COST or row == "b"):
+            shown.append(score)
+    table = [[f"({row}) {title}", *shown, "paper's difference", "here"]]
+    table.append(["---"] * len(table[0]))
     for what, variant, paper in entries:
         numbers = [as_text(score, values_of(lines, variant, score)) for score in shown]
-        columns = ("", "")
+        compared = ("", "")
         if variant != reference:
-            columns = compare(lines, variant, paper, reference, reference_paper)
-        cells.append([what, *numbers, *columns])
-    cells.insert(1, ["---"] * len(cells[0]))
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    text = [f"**({row}) {title}**", ""]
-    for line in cells:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
-        text.append(f"| {' | '.join(padded)} |")
-    return "\n".join([*text, ""])
+            compared = compare(lines, variant, paper, reference, reference_paper)
+        table.append([what, *numbers, *compared])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    text = ""
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        text += f"| {' | '.join(padded)} |\n"
+    return text
 
 
 def print_table(rows, jobs, args):
-    lines = read_lines(args.out)
-    lines = [lines[job.key()] for job in jobs if job.key() in lines]
-    commits = ", ".join(Counter(line["commit"] for line in lines)) or "none"
-    print(f"{args.data}, {args.images:,} images seen a run; {len(lines)} of {len(jobs)} runs; "
-          f"mean ± standard deviation over seeds {' '.join(map(str, args.seeds))}; "
-          f"commits: {commits}\n")
+    found = read_lines(args.out)
+    lines = [found[job] for job in jobs if job in found]
+    commits = sorted({line["commit"] for line in lines})
+    seeds = ", ".join(map(str, args.seeds))
+    print(f"{args.data}, {args.images:,} images seen a run, {len(lines)} of {len(jobs)} runs; mean ± "
+          f"s.d. of seeds {seeds}; shares in per cent; commit {', '.join(commits) or 'none'}\n")
     for row in rows:
         print(markdown(row, lines))
 
@@ -536,12 +531,11 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 usage="python tests/ablations.py [options]")
     p.add_argument("--images", type=train.at_least(1, int), default=IMAGES,
-                   help=f"seen in training, in each run (default: {IMAGES:,})")
+                   help=f"seen in training, in each run (default: {IMAGES})")
     p.add_argument("--seeds", nargs="+", type=train.at_least(0, int), default=[0, 1, 2])
     p.add_argument("--rows", nargs="+", choices=TABLE_8, help="of Table 8 (default: all there are)")
     p.add_argument("--data", choices=ROWS, default="shapes")
     p.add_argument("--data-dir", help="folder of the data")
-    p.add_argument("--device", default="cpu")
     p.add_argument("--jobs", type=train.at_least(1, int), default=1,
                    help="runs side by side, one thread each (default: 1)")
     p.add_argument("--out", default=str(ROOT / "tests" / "ablations.csv"),
@@ -551,8 +545,8 @@ def main(argv=None):
     rows = args.rows or ROWS[args.data]
     for row in rows:
         if row not in ROWS[args.data]:
-            p.error(f"row {row} needs generated scenes; {args.data} has {' '.join(ROWS[args.data])}")
-    jobs = jobs_of(rows, args.data, args.images, args.seeds, args.device)
+            p.error(f"{args.data} has rows {' '.join(ROWS[args.data])} only")
+    jobs = jobs_of(rows, args)
     if not args.table:
         run_all(jobs, args)
     print_table(rows, jobs, args)
@@ -563,3 +557,5 @@ if __name__ == "__main__":
         main()
     except UserError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
