@@ -367,7 +367,7 @@ def jobs_of(rows, args):
 
 def read_lines(path):
     """The CSV -> {Job: its line}; {} if there is none."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return {}
     lines = {}
     with open(path, newline="") as f:
@@ -432,6 +432,10 @@ def run_all(jobs, args):
     left = [job for job in jobs if job not in lines]
     done = [lines[job] for job in jobs if job in lines]
     at = commit()
+    try:
+        open(args.out, "a").close()
+    except OSError as e:
+        raise UserError(f"{args.out}: cannot be written ({e.strerror}); give another --out") from None
     how_long = expectation(left, done, args) if left else "nothing to run"
     note(f"{len(jobs)} runs, {len(done)} done, {len(left)} left: {how_long}")
     with tempfile.TemporaryDirectory() as folder:

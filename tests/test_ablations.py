@@ -151,6 +151,8 @@ def test_a_broken_csv_is_named(tmp_path):
     out.write_text(",".join(ablations.COLUMNS) + "\ndefault,shapes\n")
     with pytest.raises(UserError, match="line 2 is not whole"):
         run(out, "--table")
+    with pytest.raises(UserError, match="cannot be written"):  # said before hours of work
+        run(tmp_path)
 
 
 def test_cifar_has_two_rows(capsys):
