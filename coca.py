@@ -41,8 +41,8 @@ Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (t
 the text embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees
 exactly the real tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean
 over the batch's target tokens; no dropout; temperature within [0.01, 1]; texts of 64 tokens for the
-paper's sizes; initial values (CoCa.init_parameters). Where we differ: images with the same caption
-are each other's positives in Eq. (2) (contrastive_loss says why).
+paper's sizes; initial values (CoCa.init_parameters, ImageEncoder.whiten). Where we differ: images
+with the same caption are each other's positives in Eq. (2) (contrastive_loss says why).
 """
 import functools
 import math
@@ -277,13 +277,25 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     @torch.no_grad()
-    def standardise(self, mean, std):
-        """Start as if pixels had mean 0 and spread 1: mean, std (3,) of the colours in training.
+    def whiten(self, images):
+        """Start from half-whitened patches: centred, and each direction in which they vary scaled
+        by spread^-1/2. images (n, 3, S, S): some of those to be learned from.
 
-        What all pixels share would otherwise outweigh, in every patch, what tells patches apart.
+        Neighbouring pixels are nearly equal, so brightness outweighs edges and texture by far, and
+        an encoder has to learn first that these matter. Whitening in full (as ConvNets do that
+        learn CIFAR in seconds: Jordan 2024, arXiv 2404.00498) makes noise as loud as the picture.
         """
-        self.patches.weight.div_(std[:, None, None].clamp(min=0.01))    # (D, 3, patch, patch)
-        self.patches.bias.copy_(-(self.patches.weight * mean[:, None, None]).sum((1, 2, 3)))
+        weight = self.patches.weight.flatten(1)                         # (D, 3 * patch^2)
+        size = self.patches.stride
+        patches = F.unfold(images, size, stride=size)                   # (n, 3 * patch^2, P)
+        patches = patches.transpose(1, 2).flatten(0, 1)                 # (n * P, 3 * patch^2)
+        variance, directions = torch.linalg.eigh(patches.T.cov())
+        variance = variance.clamp(min=0) + 1e-5  # (blank images: no division by 0)
+        scale = variance ** -0.25
+        scale = scale / (variance * scale**2).mean().sqrt()  # embeddings of spread 1
+        weight = weight @ (directions * scale) @ directions.T           # (D, 3 * patch^2)
+        self.patches.weight.copy_(weight.view_as(self.patches.weight))
+        self.patches.bias.copy_(-weight @ patches.mean(0))
 
     def forward(self, images):
         """images (B, 3, S, S) -> image tokens (B, P, D)."""
