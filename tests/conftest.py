@@ -31,11 +31,3 @@ def keep_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def no_evaluation(monkeypatch):
-    """Training without the evaluation at its end."""
-    import train
-    monkeypatch.setattr(train, "evaluate", lambda *args: {})
-    monkeypatch.setattr(train, "print_scores", lambda scores: None)

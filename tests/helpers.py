@@ -4,6 +4,7 @@ hypothesis draws the structure of a case, torch fills in values from its seed.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from unittest import mock
 
 import pytest
@@ -13,11 +14,30 @@ from hypothesis import strategies as st
 
 import coca
 from coca import BEGIN, END, PAD, CoCa, CoCaConfig
+from data import UserError
 
 VOCAB, TEXT_LEN = 13, 9
-TOY = ["--subset", "32", "--batch-size", "8", "--device", "cpu"]  # a training run of a second
+
+
+# Processes from a server that has imported the slow modules already
+processes = get_context("forkserver")
+processes.set_forkserver_preload(["helpers", "train", "torch._dynamo"])
 
 fails = pytest.raises(AssertionError)  # for controls: with fails: check_...(a broken model)
+
+
+class Bomb:
+    """Fails the test if it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("exploded",)
+
+
+def refused(match, function, *args, **named):
+    """The call must end in a UserError of one line that says `match`."""
+    with pytest.raises(UserError, match=match) as error:
+        function(*args, **named)
+    assert "\n" not in str(error.value)
 
 
 @dataclass
@@ -126,7 +146,7 @@ def wrong_mask(diagonal):
 
 
 def cls_behind_the_padding():
-    """What two public implementations do: [CLS] after the padding, the key mask shifted by one."""
+    """[CLS] after the padding, the key mask shifted by one."""
     def forward(self, tokens):
         B, L = tokens.shape
         kernel = F.scaled_dot_product_attention
@@ -143,3 +163,25 @@ def cls_behind_the_padding():
         return x[:, :L], self.norm(x[:, L])
 
     return mock.patch.object(coca.UnimodalDecoder, "forward", forward)
+
+
+def cls_left_in():
+    """The row of [CLS] goes on to the multimodal half."""
+    def forward(self, tokens):
+        length = (tokens != PAD).sum(1)
+        x = self.insert_cls(self.embed(tokens), length)
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return x[:, :-1], self.norm(x[torch.arange(len(x)), length])
+
+    return mock.patch.object(coca.UnimodalDecoder, "forward", forward)
+
+
+def seen_with(change):
+    """What CoCa gives for images and tokens, changed."""
+    features = coca.CoCa.features
+
+    def forward(self, images, tokens):
+        return change(*features(self, images, tokens), features(self, 0 * images, tokens)[2])
+
+    return mock.patch.object(coca.CoCa, "features", forward)

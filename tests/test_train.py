@@ -7,22 +7,20 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOY, fails
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import Bomb, fails, processes
 from PIL import Image
 
 import data as data_file
@@ -34,7 +32,7 @@ from train import METRICS, PARTS, part_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = CoCaConfig(width=32, heads=2, encoder_layers=1, n_uni=1, n_multi=1, n_query=4)
-TOY = " ".join(TOY)
+TOY = "--subset 32 --batch-size 8 --device cpu"  # a training run of a second
 
 
 def make_small(patch):
@@ -59,7 +57,7 @@ def flags(*parts):
     """Texts are split at spaces, paths are not."""
     found = []
     for part in parts:
-        found += [str(part)] if isinstance(part, Path) else part.split()
+        found += part.split() if isinstance(part, str) else [str(part)]
     return found
 
 
@@ -110,8 +108,9 @@ def check_whole(out, steps):
 def check_same(a, b):
     """Two runs with the same losses and weights, bit for bit."""
     assert rows_of(a) == rows_of(b)
+    weights = checkpoint_of(b)["model"]
     for name, value in checkpoint_of(a)["model"].items():
-        assert torch.equal(value, checkpoint_of(b)["model"][name]), name
+        assert torch.equal(value, weights[name]), name
 
 
 def check_near(a, b, rel):
@@ -149,10 +148,8 @@ def train_quietly(arguments):
 
 
 def start(*parts):
-    """A run in a process of its own, made by a server that has imported torch already."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["test_train", "torch._dynamo"])
-    process = context.Process(target=train_quietly, args=(flags(*parts),), daemon=True)
+    """A run in a process of its own."""
+    process = processes.Process(target=train_quietly, args=(flags(*parts),), daemon=True)
     process.start()
     return process
 
@@ -177,53 +174,45 @@ def cut(runs, tmp_path):
     return Path(shutil.copytree(runs[1], tmp_path / "cut"))
 
 
-def test_resume_gives_the_run_without_a_stop(runs, cut, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [0, -40, None])
+def test_resume_gives_the_run_without_a_stop(kept, runs, cut):
     check_whole(cut, 3)
-    forgetful = Path(shutil.copytree(cut, tmp_path / "forgetful"))
+    text = (cut / "metrics.csv").read_bytes()
+    (cut / "metrics.csv").write_bytes(text[:kept])  # damaged: it is made again
     resume(cut)
     check_same(runs[0], cut)
     check_whole(cut, 5)
-    run(tmp_path / "again", "--steps 5 --seed 3 --device cpu:0")
-    check_same(runs[0], tmp_path / "again")  # two runs with one seed on one machine
+
+
+def test_control_a_resume_that_forgets_the_optimizer_is_caught(runs, cut, monkeypatch):
     monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda *args: None)
-    resume(forgetful)
-    with fails:  # control: a resume that forgets the optimizer
-        check_same(runs[0], forgetful)
+    resume(cut)
+    with fails:
+        check_same(runs[0], cut)
 
 
 def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
-    """SIGKILL, five times: all is as in a run that nobody killed, bit for bit."""
-    whole, killed, chance = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    for _ in range(5):
-        resumed = (killed / "checkpoint.pt").exists()
-        file = killed / "metrics.csv" if resumed else killed / "lock"
-        before = file.stat().st_mtime_ns if file.exists() else 0
-        how = "--steps 100 --save-every 4 --out", killed, "--resume" if resumed else ""
-        process = start(TOY, *how)
-        while process.is_alive() and not (file.exists() and file.stat().st_mtime_ns > before):
+    """SIGKILL, four times: all is as in a run that nobody killed, bit for bit."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    checkpoint = killed / "checkpoint.pt"
+    settings = "--steps 100 --save-every 4 --out"
+    chance = random.Random(0)
+    for number in range(4):
+        before = checkpoint.stat().st_mtime_ns if number else 0
+        process = start(TOY, settings, killed, "--resume" if number else "")
+        while process.is_alive():
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
+                break
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    both = start("--resume --device cpu --out", killed), start(TOY, "--steps 100 --out", whole)
-    for process in both:
+    for process in start("--resume --device cpu --out", killed), start(TOY, settings, whole):
         process.join()
         assert process.exitcode == 0
     check_same(whole, killed)
     check_whole(killed, 100)
-
-
-@pytest.mark.parametrize("damaged", [None, lambda text: b"", lambda text: text[:-40],
-                                     lambda text: text + b"\n\n", lambda text: b"\xff\x00"])
-def test_a_damaged_metrics_csv_is_whole_after_a_resume(damaged, runs, cut):
-    text = (cut / "metrics.csv").read_bytes()
-    (cut / "metrics.csv").unlink()
-    if damaged:
-        (cut / "metrics.csv").write_bytes(damaged(text))
-    resume(cut)
-    check_same(runs[0], cut)
-    check_whole(cut, 5)
 
 
 @pytest.mark.parametrize("failing", [3, 4])  # of the writes: checkpoint.pt or metrics.csv
@@ -236,7 +225,7 @@ def test_a_full_disk_leaves_whole_files_to_go_on_from(failing, runs, cut, monkey
     calls, files = [], set(cut.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        refused("cannot be written .*No space left", "--resume --save-every 1 --out", cut)
+        refused("cannot be written", "--resume --save-every 1 --out", cut)
     assert set(cut.iterdir()) == files and len(rows_of(cut)) == 3
     if failing == 3:
         check_whole(cut, 3)
@@ -244,43 +233,16 @@ def test_a_full_disk_leaves_whole_files_to_go_on_from(failing, runs, cut, monkey
     check_same(runs[0], cut)
 
 
-def test_a_signal_after_the_last_step_is_obeyed(cut, monkeypatch, capsys):
-    def save(run):
-        real(run)
-        if len(run.rows) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    real = train.Run.save
-    monkeypatch.setattr(train.Run, "save", save)
-    monkeypatch.setattr(train, "evaluate", lambda *args: pytest.fail("evaluated"))
-    assert end_of("--resume --out", cut) == str(128 + signal.SIGTERM)
-    check_whole(cut, 5)
-    said = "stopped by SIGTERM after the last step, saved; go on with: python train.py"
-    assert f"{said} --out {cut} --resume" in capsys.readouterr().out
-
-
-# The last good one
-
-
-def check_good(out):
-    """The checkpoint's weights are finite, and so are its losses."""
-    model, tokenizer, _ = evaluation.load_checkpoint(out / "checkpoint.pt")
-    scenes = shapes("train", 32, 16, 1)
-    tokens = tokenizer.encode([captions[0] for captions in scenes.captions], 32)
-    losses = model.losses(to_model(torch.from_numpy(scenes.images)), tokens)
-    for value in (*losses, *model.parameters()):
-        assert value.isfinite().all()
-
-
-@pytest.mark.parametrize("how", ["--lr 1e20 --save-every 1 --steps 9", "--lr 1e38 --steps 1"])
-def test_a_run_that_explodes_leaves_a_good_checkpoint(how, tmp_path, monkeypatch):
-    message = "is (nan|inf); .*good/checkpoint.pt is the last good one, .*--lr"
-    refused(message, TOY, how, "--out", tmp_path / "good")
-    check_good(tmp_path / "good")
-    monkeypatch.setattr(train.Run, "check_finite", lambda *args, **values: None)
-    run(tmp_path / "bad", how)
-    with fails:  # control: without the check
-        check_good(tmp_path / "bad")
+@pytest.mark.parametrize("checked", [True, False])  # False: the control
+def test_weights_without_finite_losses_are_not_saved(checked, tmp_path, monkeypatch):
+    explodes = "--lr 1e38 --steps 1 --out"
+    if checked:
+        refused("is (nan|inf); .*last good one", TOY, explodes, tmp_path)
+    else:
+        monkeypatch.setattr(train.Run, "check_finite", lambda *args, **values: None)
+        train.main(flags(TOY, explodes, tmp_path))
+    assert (checkpoint_of(tmp_path)["step"] == 0) == checked
 
 
 @pytest.mark.parametrize("name, field", [("loss_con", "con"), ("loss_cap", "cap"),
@@ -290,20 +252,20 @@ def test_what_is_not_finite_stops_the_run(name, field, tmp_path, monkeypatch):
         loss = real(model, *args)
         if torch.is_grad_enabled():
             steps.append(loss)
-            if len(steps) == 5:
-                loss = loss._replace(**{field: math.nan * getattr(loss, field)})
+        if len(steps) == 5:
+            loss = loss._replace(**{field: math.nan * getattr(loss, field)})
         return loss
 
     real, steps = CoCa.losses, []
     monkeypatch.setattr(CoCa, "losses", poisoned)
-    message = f"step 5: {name} is nan; .*last good"
-    refused(message, TOY, "--steps 9 --save-every 3 --out", tmp_path)
+    refused(f"step 5: {name} is nan", TOY, "--steps 9 --save-every 3 --out", tmp_path)
     check_whole(tmp_path, 3)
-    check_good(tmp_path)
 
 
-def check_saves(monkeypatch, out, cost, *parts):
-    """A run with steps of 10 s and saves of `cost` saves often enough, and no oftener."""
+@pytest.mark.parametrize("cost, every, fine", [
+    (0, 500, True), (1, 500, True), (4, 500, True), (4, 5, False)])  # the last is the control: 8 %
+def test_saves_take_at_most_5_percent_of_the_time(cost, every, fine, tmp_path, monkeypatch):
+    """Each step takes 10 s, and each save `cost` seconds."""
     def save_checkpoint(*args, **more):
         work.append(now[0] - last[0])
         now[0] = last[0] = now[0] + cost
@@ -312,21 +274,13 @@ def check_saves(monkeypatch, out, cost, *parts):
         now[0] += 10
 
     now, last, work = [1e9], [1e9], []
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", save_checkpoint)
-        patch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
-        before_each_batch(patch, work_a_step)
-        train.main(flags(TOY, "--steps 40 --out", out, *parts))
-    work = work[1:-1]  # seconds of work before each; the first and the last are made anyway
-    assert work and max(work) <= max(30, 20 * cost) + 10
-    assert min(work) >= 20 * cost  # 5 %
-
-
-@pytest.mark.parametrize("cost", [0, 1, 4])
-def test_saves_take_at_most_5_percent_of_the_time(cost, tmp_path, monkeypatch):
-    check_saves(monkeypatch, tmp_path / "run", cost)
-    with fails:  # control: a save every 5 steps takes 8 %
-        check_saves(monkeypatch, tmp_path / "control", 4, "--save-every 5")
+    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
+    before_each_batch(monkeypatch, work_a_step)
+    train.main(flags(TOY, f"--steps 40 --save-every {every} --out", tmp_path))
+    between = work[1:-1]  # the first and the last are made anyway
+    assert max(between) <= max(30, 20 * cost) + 10
+    assert (min(between) >= 20 * cost) == fine  # 5 %
 
 
 # One folder, one run
@@ -335,20 +289,20 @@ def test_saves_take_at_most_5_percent_of_the_time(cost, tmp_path, monkeypatch):
 def check_claims(claim):
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(lambda _: claim(None, "shapes"), range(8)))
-    assert {folder.name for folder in folders} == {"shapes", *(f"shapes-{n}" for n in range(2, 9))}
+    assert len(folders) == 8
 
 
 def test_runs_that_start_together_get_different_folders(tmp_path, monkeypatch):
     def look_then_make(out, data):
-        names = [f"runs/{data}", *(f"runs/{data}-{n}" for n in range(2, 99))]
-        folder = next(Path(name) for name in names if not Path(name).exists())
+        number = 1
+        while Path(f"runs/{data}-{number}").exists():
+            number += 1
         time.sleep(0.05)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        Path(f"runs/{data}-{number}").mkdir(parents=True, exist_ok=True)
+        return Path(f"runs/{data}-{number}")
 
     monkeypatch.chdir(tmp_path)
     check_claims(train.claim)
-    shutil.rmtree("runs")
     with fails:  # control
         check_claims(look_then_make)
 
@@ -377,10 +331,9 @@ def test_a_run_is_not_overwritten(tmp_path, monkeypatch):
     before = Path("runs/shapes/checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(train, "load_data", lambda *args: pytest.fail("too late"))
-        refused("runs/shapes holds a run already; add --resume", TOY, "--out runs/shapes")
+        refused("holds a run already", TOY, "--out runs/shapes")
     assert before == Path("runs/shapes/checkpoint.pt").read_bytes()
-    for file in ("runs/shapes/metrics.csv", "runs/shapes/metrics.csv/run"):
-        refused("cannot be made .*; give another --out", TOY, "--out", file)
+    refused("cannot be made", TOY, "--out runs/shapes/metrics.csv")
 
 
 # What may change on --resume, what --init brings, what --train leaves alone
@@ -399,22 +352,20 @@ def own_images(folder):
     return flags(how, folder)
 
 
-def test_only_what_changes_no_result_may_change(tmp_path, monkeypatch, capsys):
+def test_only_what_changes_no_result_may_change(tmp_path, monkeypatch):
     whole, cut, moved = tmp_path / "whole", tmp_path / "cut", tmp_path / "moved"
     own = [*own_images(tmp_path / "here"), "--steps 4 --accum 2 --grad-checkpoint"]
     train.main(flags(*own, "--out", whole))
     run_and_stop(monkeypatch, cut, 2, *own)
     shutil.move(tmp_path / "here", moved)
     monkeypatch.chdir(tmp_path)
-    refused("here: no such folder.*--data-dir", "--resume --out", cut)
-    refused("made with --lr 0.0015; leave --lr out", "--lr 1 --resume --out", cut)
-    refused("made with --steps 4; leave --steps out.* --init", "--steps 8 --resume --out", cut)
-    capsys.readouterr()
-    resume(cut, "--steps 4 --data-dir moved")
-    assert "accum=2 grad_checkpoint=True" in capsys.readouterr().out
+    refused("here: no such folder", "--resume --out", cut)
+    refused("made with --lr 0.0015", "--lr 1 --resume --out", cut)
+    refused("made with --steps 4", "--steps 8 --resume --out", cut)
+    kept = resume(cut, "--steps 4 --data-dir moved")["settings"]
+    assert kept["accum"] == 2 and kept["grad_checkpoint"] and kept["data_dir"] == str(moved)
     check_same(whole, cut)  # with --accum 1 the last digits would differ
-    kept = resume(cut, "--accum 1")["settings"]
-    assert kept["accum"] == 1 and kept["data_dir"] == str(moved)
+    assert resume(cut, "--accum 1")["settings"]["accum"] == 1
 
 
 @pytest.fixture
@@ -428,19 +379,17 @@ def go(tmp_path):
     return go
 
 
-def test_init_keeps_the_sources_sizes_and_loss_weights_unless_given(go, capsys):
+def test_init_keeps_the_sources_sizes_and_loss_weights_unless_given(go):
     assert go("kept")["config"] == go.source["config"]
-    said = "lambda_con={} lambda_cap=3.0 pooler={} n_query=3"
-    assert said.format("0.5", "parallel") in capsys.readouterr().out
     given = go("given", "--lambda-con 1 --pooler cascade")["config"]
     assert given == {**go.source["config"], "lambda_con": 1.0, "pooler": "cascade"}
-    assert said.format("1.0", "cascade") in capsys.readouterr().out
+    finer = resize_positions(go.source["model"]["encoder.position"], 8)
+    second = go("second", "--image-size 64 --train decoder")  # twice the resolution
+    assert torch.equal(second["model"]["encoder.position"], finer)
 
 
 def test_a_fresh_decoder_learns_new_words_and_an_old_one_says_what_it_lacks(go, tmp_path, capsys):
     own = own_images(tmp_path / "own")
-    assert go("same")["vocabulary"] == go.source["vocabulary"]
-    assert "unknown" not in capsys.readouterr().err
     assert go("old", *own)["vocabulary"] == go.source["vocabulary"]
     assert "100% of the captions' words are unknown" in capsys.readouterr().err
     new = go("new", *own, "--fresh decoder")["vocabulary"][4:]
@@ -454,32 +403,13 @@ def moved(before, after):
     return {part_of(name) for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_frozen_parts_do_not_move_by_one_bit(go):
+def test_frozen_parts_do_not_move_by_one_bit_and_fresh_parts_start_anew(go):
     for learned in (["encoder"], ["poolers"], ["decoder", "encoder"]):
         after = go("-".join(learned), "--train", *learned)
         assert moved(go.source, after) == {*learned, None}  # None: the temperature
     assert moved(go.source, go("all")) == {*PARTS, None}  # control
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_frozen_encoder_costs_no_backward(recompute):
-    for part in ("encoder", "poolers"):
-        model = CoCa(SMALL)
-        s = SimpleNamespace(train=[part], grad_checkpoint=recompute, compile=False)
-        train.prepare(model, s)
-        assert model.encoder(torch.zeros(1, 3, 32, 32)).requires_grad == (part == "encoder")
-
-
-def test_fresh_parts_start_anew_and_the_others_from_the_checkpoint(go):
     assert moved(go.source, go("new", "--fresh poolers --lr 0")) == {"poolers"}
     assert moved(go.source, go("old", "--lr 0")) == set()  # control
-
-
-def test_a_run_goes_on_at_twice_the_resolution(go):
-    finer = resize_positions(go.source["model"]["encoder.position"], 8)
-    second = go("second", "--image-size 64 --train decoder")
-    assert second["config"]["image_size"] == 64
-    assert torch.equal(second["model"]["encoder.position"], finer)
 
 
 def test_sizes_that_do_not_fit_the_checkpoint_are_refused(go, tmp_path):
@@ -487,30 +417,21 @@ def test_sizes_that_do_not_fit_the_checkpoint_are_refused(go, tmp_path):
     refused("generative_pooler.query does not fit.*--fresh poolers", "--n-query 5", *init)
     refused("encoder.blocks.*does not fit.*--fresh encoder", "--encoder-layers 2", *init)
     refused("not a multiple", "--image-size 30", *init)
-    refused("are both 0", "--lambda-con 0 --lambda-cap 0", *init)
     assert not (tmp_path / "o").exists()
 
 
-@given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 10_000))
-def test_positions_are_interpolated_in_two_dimensions(side, grid, seed):
-    def transposed(position, side):
-        return position.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
-
-    torch.manual_seed(seed)
-    position = torch.randn(side * side, 3)
-    torch.testing.assert_close(resize_positions(position, side), position)
-    resized = resize_positions(transposed(position, side), grid)
-    torch.testing.assert_close(resized, transposed(resize_positions(position, grid), grid))
+def test_positions_are_interpolated_in_two_dimensions():
     ramp = torch.arange(4.0).expand(4, 4).reshape(16, 1)
+    torch.testing.assert_close(resize_positions(ramp, 4), ramp)
     finer = resize_positions(ramp, 8).unflatten(0, (8, 8))[..., 0]
     assert (finer.diff(dim=1) > 0).all() and finer.diff(dim=0).abs().max() < 1e-5
 
 
-# Validation
 
-
-def check_validation(val, batch, batches, model, tokenizer):
+def check_validation(batch, batches):
     """The mean of the model's losses over whole batches, each image with its first caption."""
+    val = shapes("train", 32, 13, 0)
+    model, tokenizer = train.new_model(SMALL, SimpleNamespace(fresh=[], seed=0), val)
     run = train.Run(None, dict(batch_size=batch), model, tokenizer, None, val, "cpu", [])
     expected = torch.zeros(2)
     for i in range(0, batch * batches, batch):
@@ -521,44 +442,36 @@ def check_validation(val, batch, batches, model, tokenizer):
 
 
 def test_validation_losses_are_the_models_losses_on_the_validation_images():
-    val = shapes("train", 32, 13, 0)
-    model, tokenizer = train.new_model(SMALL, SimpleNamespace(fresh=[], seed=0), val)
-    check_validation(val, 4, 3, model, tokenizer)
-    check_validation(val, 100, 1, model, tokenizer)
+    check_validation(4, 3)
+    check_validation(100, 1)
     with fails:  # control: one batch too few
-        check_validation(val, 4, 2, model, tokenizer)
+        check_validation(4, 2)
 
 
-@pytest.mark.parametrize("subset", [0, 20])
-def test_val_from_train_keeps_training_images_apart(subset, tmp_path, monkeypatch):
-    def few(split, size, subset, seed):
-        return shapes(split, size, subset or 40, seed)
+def few_shapes(split, size, subset, seed):
+    return shapes(split, size, subset or 40, seed)
 
-    def set_of(data):
-        return {image.tobytes() for image in data.images}
 
-    monkeypatch.setattr(data_file, "shapes", few)
-    s = SimpleNamespace(data="shapes", data_dir=None, seed=0, subset=subset, val_from_train=12,
-                        dedup=False)
-    data, val = train.load_data(s, 32, False, 0, 1)
-    assert len(val) == 12 and len(data) == (subset or 28)
-    assert set_of(data) | set_of(val) <= set_of(few("train", 32, 40, 0))
-    assert not set_of(data) & set_of(val)
-    assert set_of(evaluation.Context(CoCa(SMALL), None, vars(s)).val) == set_of(val)
-    run(tmp_path, f"--val-from-train 12 --steps 5 --save-every 2 --subset {subset}")
-    rows = rows_of(tmp_path, without=())
-    validated = [row["step"] for row in rows if row["val_con"] and row["val_cap"]]
+def test_val_from_train_keeps_training_images_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_file, "shapes", few_shapes)
+    settings = run(tmp_path, "--val-from-train 12 --steps 5 --save-every 2 --subset 20")["settings"]
+    data, val = train.load_data(SimpleNamespace(**settings), 32, False, 0, 1)
+    assert len(data) == 20 and len(val) == 12
+    both = np.concatenate([data.images, val.images])
+    assert len({image.tobytes() for image in both}) == 32
+    evaluated = evaluation.Context(CoCa(SMALL), None, settings).val
+    assert np.array_equal(evaluated.images, val.images)
+    validated = [row["step"] for row in rows_of(tmp_path, without=()) if row["val_con"]]
     assert validated == ["2", "4", "5"]  # where it was saved
-    refused("--val-from-train 40, but there are 40", "--val-from-train 40")
 
 
 # Several processes, half precision, compilation
 
 
-@pytest.mark.parametrize("how", ["--lambda-cap 0", "--pooler parallel --grad-checkpoint --accum 2"])
-def test_torchrun_trains_as_one_process_does(how, tmp_path, monkeypatch):
+def test_torchrun_trains_as_one_process_does(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", CoCaConfig())
-    own = [*own_images(tmp_path / "own"), *flags("--steps 3", how)]
+    how = "--steps 3 --encoder-layers 1 --pooler parallel --grad-checkpoint --accum 2"
+    own = [*own_images(tmp_path / "own"), *flags(how)]
     train.main([*own, "--out", str(tmp_path / "one")])
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py --out"
     command = [sys.executable, *flags(torchrun, tmp_path / "two"), *own]
@@ -571,15 +484,14 @@ def test_torchrun_trains_as_one_process_does(how, tmp_path, monkeypatch):
         check_near(tmp_path / "other", tmp_path / "two", 1e-4)
 
 
-@pytest.mark.parametrize("accum", ["--accum 1", "--accum 2"])
-def test_half_precision_trains_nearly_as_float32(accum, tmp_path, monkeypatch):
+def test_half_precision_trains_nearly_as_float32(tmp_path, monkeypatch):
     bfloat16 = torch.autocast("cpu", torch.bfloat16)
-    run(tmp_path / "float", "--steps 8", accum)
+    run(tmp_path / "float", "--steps 8 --accum 2")
     monkeypatch.setattr(train, "half_precision", lambda device: bfloat16)
-    run(tmp_path / "half", "--steps 8", accum)
+    run(tmp_path / "half", "--steps 8 --accum 2")
     check_near(tmp_path / "float", tmp_path / "half", 0.03)
-    for name in ("loss_con", "loss_cap"):  # control: it was not float32
-        assert rows_of(tmp_path / "float")[0][name] != rows_of(tmp_path / "half")[0][name]
+    with fails:  # control: it was not float32
+        check_near(tmp_path / "float", tmp_path / "half", 1e-6)
 
 
 @pytest.mark.parametrize("compiled", [True, False])  # False: the control
@@ -591,22 +503,17 @@ def test_compile_makes_graphs_of_what_training_calls_and_changes_no_result(compi
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     images, tokens = torch.rand(6, 3, 32, 32), torch.randint(4, 20, (6, 9))
-    plain = CoCa(dataclasses.replace(SMALL, encoder_layers=0))
+    plain = CoCa(dataclasses.replace(SMALL, encoder_layers=0, n_query=0))
     model, autocast = copy.deepcopy(plain), train.half_precision("cpu")
     train.prepare(model, SimpleNamespace(train=PARTS, grad_checkpoint=False, compile=compiled))
     found = model.losses(images, tokens)[1:]
     before = graphs()
-    found += train.large_batch_backward(model, images, tokens, 2, [6], 0, autocast)
+    found += train.large_batch_backward(model, images, tokens, 1, [6], 0, autocast)
     assert (before > 0) == (graphs() > before) == compiled
     torch.testing.assert_close(found, 2 * plain.losses(images, tokens)[1:])
 
 
 # Bad input: one line, non-zero, no traceback
-
-
-class Bomb:
-    def __reduce__(self):
-        return pytest.fail, ("exploded",)
 
 
 NEW = dict(format=evaluation.FORMAT, vocabulary=[], config={})
@@ -617,12 +524,12 @@ OLD = dict(vocabulary=["<pad>"], config={}, step=3)
     (NEW, 0, "not a checkpoint"), (NEW, 1000, "not a checkpoint"), (NEW, None, "not a checkpoint"),
     ({**NEW, "config": {"depth": 3}}, None, "not a checkpoint"),
     ({**NEW, "model": Bomb()}, None, "not a checkpoint"), ([1, 2], None, "not a checkpoint"),
-    (OLD, None, f"format is 1, and this version reads {evaluation.FORMAT}")])
+    (OLD, None, "its format is 1")])
 def test_unfit_checkpoints_are_refused_and_left_alone(content, size, message, tmp_path):
     file = tmp_path / "checkpoint.pt"
     torch.save(content, file)
     file.write_bytes(file.read_bytes()[:size])
-    before, message = file.read_bytes(), f"checkpoint.pt: .*{message}"
+    before = file.read_bytes()
     refused(message, file, program=evaluation)
     refused(message, "--resume --out", tmp_path)
     refused(message, "--init", file, "--out", tmp_path / "new")
@@ -632,9 +539,9 @@ def test_unfit_checkpoints_are_refused_and_left_alone(content, size, message, tm
 
 
 @pytest.mark.parametrize("wrong", [
-    "--steps 0", "--steps many", "--batch-size 1", "--lr nan", "--lr -1", "--accum 0", "--sted 3",
-    "--data mnist", "--config huge", "--pooler both", "--subset -5", "--resume", "--image-size 30",
-    "--lambda-con 0 --lambda-cap 0", "--fresh encoder", "--config tiny --init checkpoint.pt"])
+    "--steps 0", "--steps many", "--batch-size 1", "--lr nan", "--accum 0", "--sted 3",
+    "--data mnist", "--subset -5", "--resume", "--image-size 30", "--lambda-con 0 --lambda-cap 0",
+    "--fresh encoder", "--config tiny --init checkpoint.pt"])
 def test_bad_values_are_refused_before_anything_loads(wrong, monkeypatch, capsys):
     monkeypatch.setattr(train, "load", lambda *args, **how: pytest.fail("loaded data"))
     assert end_of(wrong) == "2"
@@ -643,65 +550,47 @@ def test_bad_values_are_refused_before_anything_loads(wrong, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ("--device abacus", "--device abacus: cannot be used here"),
-    ("--device meta", "--device meta: cannot be used here"),
-    ("--accum 9", "--batch-size 8 cannot be cut into 9 parts"),
-    ("--batch-size 33", "more than the 32 training images"),
+    ("--device abacus", "cannot be used here"), ("--device meta", "cannot be used here"),
+    ("--accum 9", "cannot be cut into 9 parts"), ("--batch-size 33", "more than the 32"),
     ("--data cifar10", "needs --data-dir"), ("--data captions --data-dir .", "captions.txt"),
-    ("--data coco --data-dir nowhere", "nowhere: no such folder")])
+    ("--data coco --data-dir nowhere", "no such folder"),
+    ("--val-from-train 20000", "ask for fewer")])
 def test_what_cannot_be_done_is_said_and_leaves_no_folder(wrong, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_file, "shapes", few_shapes)
     monkeypatch.chdir(tmp_path)
     refused(message, TOY, wrong, "--out o")
     assert not Path("o").exists()
 
 
-@pytest.mark.parametrize("command", ["train.py --data cifar10", "eval.py nowhere.pt"])
-def test_errors_of_the_programs_are_one_line_without_traceback(command):
-    command = [sys.executable, *command.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and re.fullmatch("error: .+\n", done.stderr), done.stderr
+@pytest.mark.parametrize("command", [
+    "train.py --data cifar10", "eval.py nowhere.pt", "data.py dedup --data cifar10"])
+def test_errors_of_the_programs_are_one_line_without_traceback(command, monkeypatch):
+    program, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert re.fullmatch("error: .+", end.value.code)
 
 
 # The README's commands, small
 
 
 def test_train_then_eval_end_to_end(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
     monkeypatch.setattr(train, "evaluate", evaluation.evaluate)
     monkeypatch.setattr(train, "print_scores", evaluation.print_scores)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    checkpoint = run(out, "--subset 200 --steps 2")
+    checkpoint = run(tmp_path, "--subset 200 --steps 2")
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    begin, end = capsys.readouterr().out.split("\n\n")
-    assert "losses to expect at step 0: contrastive about 2 ln 8 = 4.16" in begin
-    assert end.startswith("2 steps, 16 images seen") and len(end.splitlines()) <= 15
-    for part in ("zero-shot top-1", "chance", "image to text R@1 ", "text to image R@10",
-                 "generated:", "true:", "saved:", f"python eval.py {out}/checkpoint.pt --image"):
-        assert part in end, part
-    row = {name: float(value) for name, value in rows_of(out)[0].items()}
-    assert list(row) == [name for name in METRICS if name in row] and row["images"] == 8
-    assert row["loss_con"] == pytest.approx(2 * math.log(8), rel=0.35)
+    out = capsys.readouterr().out
+    for part in ("zero-shot top-1", "image to text R@1 ", "generated:", "true:"):
+        assert part in out, part
+    row = {name: float(value) for name, value in rows_of(tmp_path)[0].items()}
+    assert row["images"] == 8 and row["loss_con"] == pytest.approx(2 * math.log(8), rel=0.35)
     assert row["loss"] == pytest.approx(row["loss_con"] + 2 * row["loss_cap"], rel=1e-6)
     words = Tokenizer(checkpoint["vocabulary"])  # it travels along
     assert words.decode(words.encode(["a small red ring"], 32)[0]) == "a small red ring"
-    evaluation.main(flags(out / "checkpoint.pt", "--device cpu"))
+    evaluation.main(flags(tmp_path / "checkpoint.pt", "--device cpu"))
     assert "zero-shot top-1" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("how, writes", [("--lambda-cap 0", False),
-                                         ("--encoder-layers 0 --n-query 0", True)])
-def test_only_what_learned_to_write_is_said_to(how, writes, tmp_path, capsys):
-    run(tmp_path, "--steps 2", how)
-    assert ("--image" in capsys.readouterr().out) == writes
-    check_good(tmp_path)
-
-
-@pytest.mark.skipif(not (ROOT.parent / "shared/data/coco").exists(), reason="no real data here")
-@pytest.mark.parametrize("name, folder", [("cifar10", "."), ("coco", "coco"),
-                                          ("captions", "flickr8k")])
-def test_real_data_trains(name, folder, tmp_path):
-    run(tmp_path, "--steps 2 --data", name, "--data-dir", ROOT.parent / "shared/data" / folder)
-    check_whole(tmp_path, 2)
 
 
 def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeypatch):
@@ -709,12 +598,10 @@ def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeyp
     text = "\n".join([readme, train.__doc__, evaluation.__doc__])
     monkeypatch.chdir(tmp_path)  # where the files of --json and --report are not there yet
     commands = re.findall(r"(?:python|torchrun \S+) (train|eval)\.py([^`\n]*)", text)
+    assert len(commands) > 15
     for program, arguments in commands:
         parse = train.parse_args if program == "train" else evaluation.parse_args
         parse(re.split(r"\s{2,}|[;,#\[]", arguments + "  ")[0].split())
-    assert len(commands) > 15
-    with pytest.raises(SystemExit):  # control
-        train.parse_args(["--no-such-flag"])
 
 
 def test_the_recipe_of_section_4_1():

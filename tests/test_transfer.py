@@ -1,13 +1,15 @@
-"""What a task learns, videos, questions and the tasks themselves: frozen is frozen, answers are right."""
+"""What a task learns, videos, questions, the tasks: frozen is frozen, answers are right."""
 import dataclasses
 import json
 import re
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import CONTROL, cases, fails
+import torch.nn.functional as F
+from helpers import CONTROL, cases, fails, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,10 +17,9 @@ from PIL import Image
 import data as data_file
 import eval as evaluation
 from coca import BEGIN, END, Classifier, CoCa
-from data import ANSWERS, COLOURS, SHAPES, Dataset, Tokenizer, UserError, own_clips, to_model
+from data import ANSWERS, COLOURS, SHAPES, Dataset, Tokenizer, own_clips, to_model
 from eval import TASKS, Recipe, decoder_states, evaluate, image_tokens, print_scores, transfer
 
-# ------------------------------------------------------------------------------------------------
 # The classifier
 
 
@@ -35,37 +36,22 @@ def check_order(frames, classifier):
 @given(st.integers(0, 10_000), st.integers(2, 6), st.booleans())
 def test_without_a_temporal_embedding_the_order_of_frames_changes_nothing(seed, frames, pooled):
     check_order(frames, filled_classifier(seed, pooled=pooled))
+    with fails:  # control
+        check_order(frames, filled_classifier(seed, frames=frames))
 
 
-def test_control_a_temporal_embedding_sees_the_order():
-    with fails:
-        check_order(4, filled_classifier(0, frames=4))
-
-
-def check_pads(seed, real, pads, masked=True):
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4))
+def test_pads_do_not_reach_the_classifier(seed, real, pads):
     classifier = filled_classifier(seed)
     tokens = torch.randn(2, real + pads, 8, dtype=torch.float64)
     valid = (torch.arange(real + pads) < real).expand(2, -1)
-    torch.testing.assert_close(classifier(tokens, valid if masked else None), classifier(tokens[:, :real]))
+    expected = classifier(tokens[:, :real])
+    torch.testing.assert_close(classifier(tokens, valid), expected)
+    with fails:  # control: pads that are not masked
+        torch.testing.assert_close(classifier(tokens), expected)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 4))
-def test_pads_do_not_reach_the_classifier(seed, real, pads):
-    check_pads(seed, real, pads)
 
-
-def test_control_pads_that_are_not_masked_are_caught():
-    with fails:
-        check_pads(0, 3, 2, masked=False)
-
-
-def test_a_linear_probe_is_linear_in_the_mean_token():
-    probe, tokens = filled_classifier(0, pooled=False), torch.randn(3, 4, 8, dtype=torch.float64)
-    torch.testing.assert_close(probe(tokens), tokens.mean(1) @ probe.linear.weight.T + probe.linear.bias)
-    assert not any("pooler" in name for name, _ in probe.named_parameters())
-
-
-# ------------------------------------------------------------------------------------------------
 # One loop for all that is learned
 
 
@@ -79,8 +65,7 @@ def learn(model, recipe):
 
 
 @pytest.mark.parametrize("lr, encoder_lr, learns", [
-    (1e-2, 0.0, True), (1e-2, 1e-2, True), (0.0, 1e-2, True),  # the classifier alone, both, the encoder alone
-    (0.0, 0.0, False), (0.0, 1e-12, False)])  # control: nothing learned
+    (1e-2, 0.0, True), (0.0, 1e-2, True), (0.0, 0.0, False), (0.0, 1e-12, False)])
 def test_transfer_learns_at_the_rates_given_and_leaves_the_model_as_it_was(lr, encoder_lr, learns):
     model = CONTROL.model()
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -95,33 +80,31 @@ def test_what_the_decoder_gives_a_classifier_is_seen_with_the_image_and_says_whi
     model, tokens = case.model(), case.tokens()
     images = (case.images() * 127.5 + 127.5).to(torch.uint8)
     states, valid = decoder_states(model, images, tokens)
-    torch.testing.assert_close(model.multimodal.head(states), model(to_model(images), tokens).logits)
+    logits = model(to_model(images), tokens).logits
+    torch.testing.assert_close(model.multimodal.head(states), logits)
     assert not torch.allclose(states, decoder_states(model, 255 - images, tokens)[0])
     assert valid.sum(1).tolist() == case.lengths and valid[:, 0].all()
 
 
-# ------------------------------------------------------------------------------------------------
 # Video
 
 
-@given(st.integers(1, 40), st.integers(1, 20))
+@given(st.integers(1, 40), st.integers(2, 20))
 def test_frames_are_sampled_uniformly_from_first_to_last(count, frames):
     chosen = data_file.sample_frames(count, frames)
-    assert len(chosen) == frames and chosen[0] == 0 and chosen[-1] == (count - 1 if frames > 1 else 0)
-    if frames > 1:
-        assert np.abs(chosen - np.arange(frames) * (count - 1) / (frames - 1)).max() <= 0.5
+    assert len(chosen) == frames
+    assert np.abs(chosen - np.arange(frames) * (count - 1) / (frames - 1)).max() <= 0.5
 
 
 @torch.no_grad()
-def test_a_video_embedding_is_the_mean_of_its_frames_and_that_of_a_still_is_its_images():
+def test_a_video_embedding_is_the_mean_of_its_frames():
     model = CONTROL.model()
     clips = np.random.default_rng(0).integers(0, 256, (2, 16, 3, 8, 8), np.uint8)
-    frames = torch.stack([model.encode_image(to_model(torch.from_numpy(clip))) for clip in clips])
-    mean = frames.mean(1)
-    torch.testing.assert_close(evaluation.embed_clips(model, clips), mean / mean.norm(dim=1, keepdim=True))
-    torch.testing.assert_close(evaluation.embed_clips(model, np.repeat(clips[:, :1], 5, 1)), frames[:, 0])
-    with fails:  # control: the first frame alone is not the mean
-        torch.testing.assert_close(evaluation.embed_clips(model, clips), frames[:, 0])
+    frames = [model.encode_image(to_model(torch.from_numpy(clip))) for clip in clips]
+    mean = F.normalize(torch.stack(frames).mean(1), dim=-1)
+    torch.testing.assert_close(evaluation.embed_clips(model, clips), mean)
+    with fails:  # control: of other frames
+        torch.testing.assert_close(evaluation.embed_clips(model, clips[:, :8]), mean)
 
 
 def drawn_by(make, *args, **named):
@@ -158,14 +141,13 @@ def write_clips(folder, classes=("run", "walk"), clips=12):
                 continue
             path.mkdir()
             for frame in range(3):
-                Image.fromarray(np.full((8, 12, 3), 100 * c + i, np.uint8)).save(path / f"{frame}.png")
+                Image.new("L", (12, 8), 100 * c + i).save(path / f"{frame}.png")
     return folder
 
 
 def test_own_clips_are_read_from_folders_and_arrays_and_hidden_files_are_ignored(tmp_path):
     write_clips(tmp_path)
-    for place in (".git", "run/.cache"):
-        (tmp_path / place).mkdir()
+    (tmp_path / ".git").mkdir()
     for place in (".DS_Store", "run/.DS_Store", "run/clip0/.DS_Store"):
         (tmp_path / place).write_text("?")
     train, test = own_clips(tmp_path, 8, 4)
@@ -191,28 +173,18 @@ def test_frame_2_comes_before_frame_10(tmp_path):
 
 @pytest.mark.parametrize("break_it, message", [
     (lambda folder: (folder / "empty").mkdir(), "a clip without frames"),
-    (lambda folder: (folder / "x.mp4").write_bytes(b"film"), "x.mp4.*folder of frames.*ffmpeg"),
+    (lambda folder: (folder / "x.mp4").write_bytes(b"film"), "x.mp4.*folder of frames"),
     (lambda folder: np.save(folder / "x.npy", np.zeros((3, 8, 8), np.uint8)), r"\(3, 8, 8\)"),
-    (lambda folder: np.save(folder / "x.npy", np.zeros((3, 0, 8, 3), np.uint8)), r"\(3, 0, 8, 3\)"),
-    (lambda folder: np.save(folder / "x.npy", np.array([{}], object)), "x.npy: not a readable array"),
-    (lambda folder: np.savez(open(folder / "x.npy", "wb"), 1), "x.npy"),
-    (lambda folder: (folder / "x.npy").write_bytes(b"\x93NUMPY"), "x.npy: not a readable array"),
-    (lambda folder: (folder / "clip0" / "0.png").write_bytes(b"no"), "0.png: not a readable image")],
-    ids=["empty", "mp4", "flat", "no rows", "objects", "several arrays", "cut off", "bad frame"])
+    (lambda folder: np.save(folder / "x.npy", np.array([{}], object)), "not a readable array"),
+    (lambda folder: (folder / "x.npy").write_bytes(b"\x93NUMPY"), "not a readable array"),
+    (lambda folder: (folder / "clip0" / "0.png").write_bytes(b"no"), "not a readable image")],
+    ids=["empty", "mp4", "flat", "objects", "cut off", "bad frame"])
 def test_bad_clips_are_one_clear_line(tmp_path, break_it, message):
     break_it(write_clips(tmp_path) / "run")
-    with pytest.raises(UserError, match=message) as error:
-        own_clips(tmp_path, 8, 4)
-    assert "\n" not in str(error.value)
+    refused(message, own_clips, tmp_path, 8, 4)
+    refused("0 classes and 0 clips", own_clips, tmp_path / "nowhere", 8, 4)
 
 
-@pytest.mark.parametrize("name", [".", "nowhere", "x" * 300])
-def test_a_folder_without_classes_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="0 classes and 0 clips"):
-        own_clips(tmp_path / name, 8, 4)
-
-
-# ------------------------------------------------------------------------------------------------
 # Questions and entailment
 
 
@@ -223,14 +195,16 @@ def true_answer(things, text):
         assert beside.shape == match[2]
         return asked.colour
     if match := re.fullmatch(r"is there a (\w+) (\w+)", text):
-        return "yes" if match.groups() in [(thing.colour, thing.shape) for thing in things] else "no"
+        pairs = [(thing.colour, thing.shape) for thing in things]
+        return "yes" if match.groups() in pairs else "no"
     shape = re.fullmatch(r"how many (\w+)", text)[1]
     return str(sum(thing.shape == shape for thing in things))
 
 
 def test_answers_are_right_and_balanced_and_half_of_a_question_is_not_enough():
     scenes, made = drawn_by(data_file.questions, 1, 3000)
-    texts, answers = [text for text, in made.captions], np.array([ANSWERS[label] for label in made.labels])
+    texts = [text for text, in made.captions]
+    answers = np.array([ANSWERS[label] for label in made.labels])
     right = [true_answer(things, text) for things, text in zip(scenes, texts)]
     assert right == answers.tolist()
     assert right != np.roll(answers, 3).tolist()  # control: the answers to other scenes
@@ -242,8 +216,6 @@ def test_answers_are_right_and_balanced_and_half_of_a_question_is_not_enough():
         for text in set(asked):
             best += np.unique(mine[asked == text], return_counts=True)[1].max()
         assert best / len(mine) < 1 / len(possible) + 0.2
-        shapes_there = [len({thing.shape for thing in things}) for things in scenes[kind::3]]
-        assert abs(np.mean(shapes_there) - 1.5) < 0.06  # scenes do not tell which kind of question comes
 
 
 def test_captions_hold_or_do_not_as_labelled():
@@ -257,7 +229,6 @@ def test_captions_hold_or_do_not_as_labelled():
         assert min(differ) == 0 if label else 1 <= min(differ) <= 2  # wrong by one property
 
 
-# ------------------------------------------------------------------------------------------------
 # Tasks
 
 SPECIAL = ["<pad>", "<begin>", "<end>", "<unk>"]
@@ -274,7 +245,8 @@ def toy_checkpoint(words=WORDS, **changes):
 def tested(monkeypatch):
     """Tasks learn for two steps only -> the inputs and labels of every test, in order."""
     for name in ("FROZEN", "FINETUNED", "VIDEO_FROZEN", "VIDEO_FINETUNED", "UNDERSTANDING"):
-        monkeypatch.setattr(evaluation, name, dataclasses.replace(getattr(evaluation, name), steps=2))
+        short = dataclasses.replace(getattr(evaluation, name), steps=2)
+        monkeypatch.setattr(evaluation, name, short)
     record = []
 
     def record_and_transfer(model, read, classifier, train, test, recipe, what):
@@ -285,8 +257,9 @@ def tested(monkeypatch):
     return record
 
 
-def test_every_task_runs_and_names_its_chance(tested, capsys):
-    scores = evaluate(*toy_checkpoint(), TASKS)
+def test_every_task_runs_and_names_its_chance(tested, capsys, tmp_path):
+    checkpoint = toy_checkpoint()
+    scores = evaluate(*checkpoint, TASKS)
     print_scores(scores)
     out = capsys.readouterr().out
     rows = {name: value for name, value in scores.items() if isinstance(value, dict)}
@@ -294,68 +267,43 @@ def test_every_task_runs_and_names_its_chance(tested, capsys):
     for name, value in rows.items():
         assert 0 <= value["chance"] <= 1
         assert name in out or name.endswith(("R@5", "BLEU-1", "BLEU-2", "BLEU-3"))
-    assert rows["frozen, linear probe"]["chance"] == 1 / 48
     order, asked, hidden, silent, _ = tested[-5:]
     (clips,), labels = order  # every clip is there in both directions
-    assert torch.equal(clips[:400], clips[400:].flip(1)) and torch.equal(labels[:400], 1 - labels[400:])
+    assert torch.equal(clips[:400], clips[400:].flip(1))
+    assert torch.equal(labels[:400], 1 - labels[400:])
     assert len(hidden[0][0].unique()) == 1 and torch.equal(hidden[0][1], asked[0][1])
-    assert silent[0][1].unique().tolist() == [BEGIN, END] and torch.equal(silent[0][0], asked[0][0])
-
-
-def test_own_clips_are_a_task(tested, tmp_path):
-    scores = evaluate(*toy_checkpoint(), ["video"], clips=write_clips(tmp_path))
-    assert list(scores) == ["data", "video, frozen", "video, finetuned", "video, from scratch"]
+    assert silent[0][1].unique().tolist() == [BEGIN, END]
+    assert torch.equal(silent[0][0], asked[0][0])
+    own = evaluate(*checkpoint, ["video"], clips=write_clips(tmp_path))
+    assert list(own) == ["data", "video, frozen", "video, finetuned", "video, from scratch"]
 
 
 @pytest.mark.parametrize("task, changes, message", [
     ("zero-shot", dict(lambda_con=0.0), "-con 0"), ("retrieval", dict(lambda_con=0.0), "-con 0"),
-    ("video-retrieval", dict(lambda_con=0.0), "-con 0"), ("captioning", dict(lambda_cap=0.0), "-cap 0"),
-    ("zero-shot", dict(data="captions"), "no classes"), ("frozen", dict(data="coco"), "no classes"),
-    ("understanding", dict(words=[*SPECIAL, "a"]), "lacks the words")])
+    ("video-retrieval", dict(lambda_con=0.0), "-con 0"),
+    ("captioning", dict(lambda_cap=0.0), "-cap 0"),
+    ("understanding", dict(words=[*SPECIAL, "a"]), "lacks the words"),
+    ("zero-shot", dict(), "no classes"), ("frozen", dict(), "no classes")])
 def test_a_checkpoint_without_what_a_task_needs_is_one_clear_line(task, changes, message, capsys):
-    changes = dict(changes)
-    data = changes.pop("data", "shapes")
     model, tokenizer, settings = toy_checkpoint(**changes)
-    settings["data"] = data
-    with pytest.raises(UserError, match=message):
-        evaluate(model, tokenizer, settings, [task], strict=True)
+    settings["data"] = "shapes" if changes else "coco"
+    refused(message, evaluate, model, tokenizer, settings, [task], strict=True)
     assert set(evaluate(model, tokenizer, settings, [task])) == {"data"}
     assert message in capsys.readouterr().err
 
 
-def test_the_default_scores_are_short_and_cider_is_no_share(capsys):
-    print_scores(evaluate(*toy_checkpoint()))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 12  # with the lines that end a training run they fit a small terminal
-    assert not any("unknown" in line for line in lines)
-    row = {"score": 1.25, "chance": 0.5}
-    print_scores({"data": "x", "BLEU-4": row, "CIDEr-D": row})
-    _, bleu, cider = capsys.readouterr().out.splitlines()
-    assert bleu.split() == ["BLEU-4", "125.00%", "50.00%"] and cider.split() == ["CIDEr-D", "1.250", "0.500"]
-
-
-def captioning_of(monkeypatch, words, texts, written):
-    """Scores of the captioning task where the model writes `written` of images with these texts."""
-    data = Dataset(np.zeros((len(texts), 3, 8, 8), np.uint8), texts)
-    monkeypatch.setattr(evaluation, "load", lambda *args, **named: data)
-    monkeypatch.setattr(evaluation, "caption", lambda *args: list(written))
-    return evaluate(*toy_checkpoint(SPECIAL + words), ["captioning"])
-
-
-def test_captions_with_unknown_words_are_never_exactly_right_and_their_share_is_told(monkeypatch, capsys):
+def test_captions_with_unknown_words_are_never_exactly_right_and_their_share_is_told(monkeypatch):
     texts = [["a zebra runs", "a zebra"], ["a a"]]
-    scores = captioning_of(monkeypatch, ["a", "b"], texts, ["a <unk> <unk>", "a a"])
-    assert scores["captions exactly right"]["score"] == 0.5  # control: the other is right
-    assert scores["unknown words"] == pytest.approx(3 / 7)
-    print_scores(scores)
-    assert "42.9% of the words" in capsys.readouterr().out
-    known = captioning_of(monkeypatch, ["a", "zebra", "runs"], texts, ["a zebra", "b"])
-    assert known["unknown words"] == 0 and known["captions exactly right"]["score"] == 0.5
-    print_scores(known)
-    assert "unknown" not in capsys.readouterr().out
+    data = Dataset(np.zeros((2, 3, 8, 8), np.uint8), texts)
+    monkeypatch.setattr(evaluation, "load", lambda *args, **named: data)
+    for words, written, unknown in ((["a"], ["a <unk> <unk>", "a a"], 3 / 7),
+                                    (["a", "zebra", "runs"], ["a zebra", "b"], 0)):
+        monkeypatch.setattr(evaluation, "caption", lambda *args, written=written: written)
+        scores = evaluate(*toy_checkpoint(SPECIAL + words), ["captioning"])
+        assert scores["captions exactly right"]["score"] == 0.5  # control: the other is right
+        assert scores["unknown words"] == pytest.approx(unknown)
 
 
-# ------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -367,7 +315,8 @@ def command(tmp_path, monkeypatch):
 
     def call(*flags, **changes):
         model, tokenizer, settings = toy_checkpoint(**changes)
-        evaluation.save_checkpoint(tmp_path / "checkpoint.pt", model, tokenizer, settings=settings, step=0)
+        file = tmp_path / "checkpoint.pt"
+        evaluation.save_checkpoint(file, model, tokenizer, settings=settings, step=0)
         try:
             evaluation.main(["checkpoint.pt", "--device", "cpu", *flags])
         except SystemExit as e:
@@ -375,14 +324,16 @@ def command(tmp_path, monkeypatch):
     return call
 
 
-def test_json_never_goes_over_a_file_or_nowhere_and_this_is_said_first(command, monkeypatch, capsys):
+def test_json_never_goes_over_a_file_or_nowhere_and_this_is_said_first(
+        command, monkeypatch, capsys):
     assert not command("--task", "retrieval", "--json", "scores.json")
-    before = open("scores.json").read()
+    before = Path("scores.json").read_text()
     assert json.loads(before)["image to text R@1"]["chance"] > 0
     monkeypatch.setattr(evaluation, "run_tasks", lambda *args, **named: pytest.fail("work"))
-    for name, why in (("scores.json", "is there already"), ("none/x.json", "none/x.json cannot be made")):
-        assert command("--json", name) == 2 and why in capsys.readouterr().err.splitlines()[-1]
-    assert open("scores.json").read() == before
+    for name, why in (("scores.json", "is there already"), ("none/x.json", "cannot be made")):
+        assert command("--json", name) == 2
+        assert why in capsys.readouterr().err.splitlines()[-1]
+    assert Path("scores.json").read_text() == before
 
 
 def test_images_are_captioned_unless_the_model_never_learned_to_write(command, capsys):
@@ -390,4 +341,4 @@ def test_images_are_captioned_unless_the_model_never_learned_to_write(command, c
     assert capsys.readouterr().out.startswith("x.png: ")
     assert not command("--image", "x.png", lambda_cap=0.0)
     captured = capsys.readouterr()
-    assert captured.out == "" and "--lambda-cap 0" in captured.err and captured.err.startswith("note: ")
+    assert captured.out == "" and "--lambda-cap 0" in captured.err
