@@ -120,9 +120,10 @@ def worker(rank, path):
 
 
 def test_processes_have_the_gradient_of_one_on_the_whole_batch_and_share_its_work(tmp_path):
-    workers = [processes.Process(target=worker, args=(rank, tmp_path)) for rank in range(3)]
-    for process in workers:
-        process.start()
+    workers = []
+    for rank in range(3):
+        workers.append(processes.Process(target=worker, args=(rank, tmp_path), daemon=True))
+        workers[-1].start()
     for process in workers:
         process.join()
         assert process.exitcode == 0

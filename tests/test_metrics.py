@@ -129,6 +129,8 @@ def test_the_best_and_the_worst():
     assert bleu(own, references) == pytest.approx([1, 1, 1, 1])
     assert cider_d(own, references) == pytest.approx(10)
     assert bleu(other, references)[0] < 0.01 and cider_d(other, references) == 0
+    repeated = 10 / 4 * 0.5 * math.exp(-1 / 72) / 2  # saying it more often does not help
+    assert cider_d(["b b", ""], [["b"], ["c"]]) == pytest.approx(repeated)
     # words that all images have weigh 0
     assert cider_d(["a b", "b a"], [["a b"], ["b a"]]) == pytest.approx(2.5)
     assert cider_d(own[:1], references[:1]) == 0  # one image

@@ -25,7 +25,6 @@ from eval import (
     confusions,
     loss_curves,
     nearest,
-    png,
     table,
     tag,
 )
@@ -309,9 +308,3 @@ def test_the_cells_of_a_table_have_heads():
     assert page.texts == ["title", "a", "b", HOSTILE, "1"]
     scopes = [attributes["scope"] for name, attributes in page.tags if name == "th"]
     assert scopes == ["col", "col", "row"]
-
-
-@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.sampled_from([3, 4]))
-def test_a_png_holds_the_pixels_put_in(seed, H, W, channels):
-    pixels = np.random.default_rng(seed).integers(0, 256, (H, W, channels), np.uint8)
-    assert np.array_equal(decoded(png(pixels)), pixels)
