@@ -89,9 +89,6 @@ def cases(shortest=3, longest=TEXT_LEN, rows=3):
 CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)
 
 
-# Looking into a model
-
-
 @contextmanager
 def recorded_weights():
     """Yields a list that gets (causal, weights) of every attention from now on, in order.
@@ -120,9 +117,6 @@ def record_embedding(model):
 
     model.unimodal.token.register_forward_hook(hook)
     return record
-
-
-# Models broken on purpose
 
 
 def other_mask(mask):

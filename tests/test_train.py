@@ -233,6 +233,17 @@ def test_a_full_disk_leaves_whole_files_to_go_on_from(failing, runs, cut, monkey
     check_same(runs[0], cut)
 
 
+def test_a_signal_after_the_last_step_is_obeyed(cut, monkeypatch):
+    def save(run):
+        real(run)
+        if len(run.rows) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    real = train.Run.save
+    monkeypatch.setattr(train.Run, "save", save)
+    assert end_of("--resume --out", cut) == str(128 + signal.SIGTERM)
+
+
 
 @pytest.mark.parametrize("checked", [True, False])  # False: the control
 def test_weights_without_finite_losses_are_not_saved(checked, tmp_path, monkeypatch):
@@ -463,9 +474,6 @@ def test_val_from_train_keeps_training_images_apart(tmp_path, monkeypatch):
     assert validated == ["2", "4", "5"]  # where it was saved
 
 
-# Several processes, half precision, compilation
-
-
 def test_torchrun_trains_as_one_process_does(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", CoCaConfig())
     how = "--steps 3 --encoder-layers 1 --pooler parallel --grad-checkpoint --accum 2"
@@ -567,9 +575,6 @@ def test_errors_of_the_programs_are_one_line_without_traceback(command, monkeypa
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / program), run_name="__main__")
     assert re.fullmatch("error: .+", end.value.code)
-
-
-# The README's commands, small
 
 
 def test_train_then_eval_end_to_end(tmp_path, monkeypatch, capsys):
