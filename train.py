@@ -57,7 +57,7 @@ from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_f
 # What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4, for models a
 # hundred times as large and 500,000 steps; these are ours
 PRESETS = {
-    "shapes": dict(steps=468, batch_size=128, lr=1.5e-3, sizes=dict(patch_size=8)),
+    "shapes": dict(steps=1100, batch_size=64, lr=1.5e-3, sizes=dict(patch_size=8)),
     "cifar10": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
     "cifar100": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
     "coco": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8)),
