@@ -526,6 +526,7 @@ def train(run, batches, save_every, shares, rank):
     world = len(shares)
     autocast = half_precision(run.device)
     start = len(run.rows)
+    validated = {}  # what the bar shows of the last validation
     stop = Stop()
     began = time.time() - (run.rows[-1][METRICS.index("seconds")] if start else 0)
     bar = tqdm(range(start, s.steps), "training", s.steps, initial=start, disable=rank > 0)
@@ -549,13 +550,16 @@ def train(run, batches, save_every, shares, rank):
         stopped = stop.asked(world, run.device)
         if rank == 0 and (stopped or step % save_every == 0 or run.overdue()):
             run.save()  # here, where these weights have just given finite losses
+            if run.rows:
+                val_con, val_cap = run.rows[-1][-2:]
+                validated = dict(val_con=f"{val_con:.3f}", val_cap=f"{val_cap:.3f}")
         if stopped:
             end(run, stopped, f"step {step}", rank)
         optimizer.step()
         total = s.lambda_con * con + s.lambda_cap * cap
         run.rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total, lr, temperature,
                          time.time() - began, math.nan, math.nan])
-        bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", refresh=False)
+        bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", **validated, refresh=False)
     if rank == 0:
         run.save()
     stop.release()

@@ -284,7 +284,7 @@ def bench_entropy(seeds):
             run = Watched((start, seed), settings, model, tokenizer, make_optimizer(model), val,
                           "cpu", [])
             batches = Batches(data, tokenizer, config.text_len, s.batch_size, seed)
-            train.train(run, batches, 26, [s.batch_size], 0)
+            train.train(run, batches, 50, [s.batch_size], 0)
     print(f"saved: {ENTROPY}")
 
 
