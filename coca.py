@@ -279,7 +279,7 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def whiten(self, images):
         """Start from half-whitened patches: centred, and each direction in which they vary scaled
-        by spread^-1/2. images (n, 3, S, S): some of those to be learned from.
+        by spread^-1/2. images (n, 3, S, S): some of the photographs to be learned from.
 
         Neighbouring pixels are nearly equal, so brightness outweighs edges and texture by far, and
         an encoder has to learn first that these matter. Whitening in full (as ConvNets do that
