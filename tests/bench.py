@@ -273,8 +273,9 @@ def bench_entropy(seeds):
     for seed in seeds:
         for start in STARTS:
             settings = train.choose_settings(train.parse_args(["--seed", str(seed)]))
-            s = argparse.Namespace(**settings)
             config = train.make_config(settings)
+            settings.update({name: getattr(config, name) for name in train.SIZES})
+            s = argparse.Namespace(**settings)
             data, val = train.load_data(s, config.image_size, False, 0, 1)
             model, tokenizer = train.new_model(config, s, data)
             if start == "faint positions":
