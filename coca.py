@@ -688,6 +688,16 @@ def count_parameters(*parts):
     return total / 1e6
 
 
+@torch.no_grad()
+def who_looks_at_whom(model, tokens):
+    """tokens (B, L) -> weights (B, L + 1, L + 1) of the first unimodal layer, means over heads."""
+    unimodal = model.unimodal
+    block = unimodal.blocks[0]
+    x = unimodal.insert_cls(unimodal.embed(tokens), (tokens != PAD).sum(1))  # (B, L + 1, D)
+    _, weights = block.self_attention(block.self_norm(x), causal=True, return_weights=True)
+    return weights.mean(1)
+
+
 def tour():
     colours = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
     images = torch.full((8, 3, 32, 32), -1.0)
@@ -725,13 +735,10 @@ def tour():
         print(f"  {what:58}{str(tuple(flows.shape)):>17}")
 
     print(f"\nWho looks at whom in {captions[0]!r} (attention weights of the first layer):")
-    length = (tokens != PAD).sum(1)
-    block = model.unimodal.blocks[0]
-    x = block.self_norm(model.unimodal.insert_cls(model.unimodal.embed(tokens), length))
-    _, weights = block.self_attention(x, causal=True, return_weights=True)
+    weights = who_looks_at_whom(model, tokens)[0]
     names = ["<begin>", *captions[0].split(), "<end>", "[CLS]", "<pad>"]
     print(f"{'':10}" + "".join(f"{name:>9}" for name in names))
-    for name, row in zip(names, weights[0].mean(0).tolist()):
+    for name, row in zip(names, weights.tolist()):
         shown = "".join(f"{weight:9.2f}" if weight else "        ." for weight in row)
         print(f"  {name:8}{shown}")
 

@@ -229,7 +229,8 @@ def new_model(config, s, data, source=None, vocabulary=None):
         tokenizer = Tokenizer.learn(texts, max(config.vocab_size, CONFIGS["tiny"].vocab_size))
     torch.manual_seed(s.seed)
     model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer)))
-    if data.augment:  # photographs; patches of scenes differ in most directions by noise alone
+    starts_anew = source is None or "encoder" in s.fresh
+    if starts_anew and data.augment:  # photographs: patches of scenes differ mostly by noise
         model.encoder.whiten(to_model(torch.tensor(data.images[:256])))
     if source is None:
         return model, tokenizer

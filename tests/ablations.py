@@ -298,9 +298,9 @@ class Timed(train.Run):
         pass
 
 
-def prepared(job, data_dir):
-    """-> a run and its batches, on a few images: for timing."""
-    settings = train.choose_settings(train.parse_args([*job.flags.split(), "--subset", "1000"]))
+def make_run(kind, flags, data_dir=None):
+    """-> a train.Run of that kind, on the CPU, as train.main makes it of its flags; its batches."""
+    settings = train.choose_settings(train.parse_args(flags))
     settings["data_dir"] = data_dir
     config = train.make_config(settings)
     settings.update({name: getattr(config, name) for name in train.SIZES})
@@ -310,13 +310,15 @@ def prepared(job, data_dir):
     train.prepare(model, s)
     optimizer = train.make_optimizer(model)
     batches = Batches(data, tokenizer, config.text_len, s.batch_size, s.seed)
-    return Timed(None, settings, model, tokenizer, optimizer, val, "cpu", []), batches
+    return kind(None, settings, model, tokenizer, optimizer, val, "cpu", []), batches
 
 
 def step_seconds(jobs, data_dir, clock=time.perf_counter, turns=8, steps=2):
     """Median seconds of a step of each job by train.train, a few steps of each in turn."""
     torch.set_num_threads(1)
-    runs = [prepared(job, data_dir) for job in jobs]
+    runs = []
+    for job in jobs:
+        runs.append(make_run(Timed, [*job.flags.split(), "--subset", "1000"], data_dir))
     times = [[] for _ in jobs]
     for _ in range(turns + 1):
         for (run, batches), seconds in zip(runs, times):

@@ -28,12 +28,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ablations import make_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from coca import BEGIN, CONFIGS, END, PAD, CoCa
-from data import NAMES, Batches, UserError, load, near_duplicates, pillow, to_model
+from data import NAMES, UserError, load, near_duplicates, pillow, to_model
 from eval import pick_device
 from train import add_up, contrastive_backward, half_precision, make_optimizer
 
@@ -258,7 +259,7 @@ class Watched(train.Run):
         _, weights = pooler(self.model.encoder(images), return_weights=True)  # (B, H, Q, P)
         entropy = torch.special.entr(weights).sum(-1).mean().item()
         seen = len(self.rows) * self.settings["batch_size"]
-        row = [*self.out, seen, entropy, *self.validate()]
+        row = [*self.start, seen, entropy, *self.validate()]
         with open(ENTROPY, "a") as f:
             print(*row, sep=",", file=f)
 
@@ -272,20 +273,14 @@ def bench_entropy(seeds):
         ENTROPY.write_text(",".join(ENTROPY_COLUMNS) + "\n")
     for seed in seeds:
         for start in STARTS:
-            settings = train.choose_settings(train.parse_args(["--seed", str(seed)]))
-            config = train.make_config(settings)
-            settings.update({name: getattr(config, name) for name in train.SIZES})
-            s = argparse.Namespace(**settings)
-            data, val = train.load_data(s, config.image_size, False, 0, 1)
-            model, tokenizer = train.new_model(config, s, data)
+            run, batches = make_run(Watched, ["--seed", str(seed)])
+            run.start = [start, seed]
+            model = run.model
             if start == "faint positions":
                 with torch.no_grad():
                     model.encoder.position.mul_(0.2)
                     model.multimodal.head.weight.normal_(std=0.02)
-            run = Watched((start, seed), settings, model, tokenizer, make_optimizer(model), val,
-                          "cpu", [])
-            batches = Batches(data, tokenizer, config.text_len, s.batch_size, seed)
-            train.train(run, batches, 50, [s.batch_size], 0)
+            train.train(run, batches, 50, [run.settings["batch_size"]], 0)
     print(f"saved: {ENTROPY}")
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from coca import PAD
+from coca import PAD, who_looks_at_whom
 from data import UserError, load, to_model
 from eval import attention_maps, chart, heat, load_checkpoint, picture, spread, tag
 
@@ -104,17 +104,11 @@ def draw_attention(model, tokenizer, val):
          *parts)
 
 
-@torch.no_grad()
 def draw_mask(model, tokenizer):
     """Attention weights of the first unimodal layer: what causal_mask forbids is exactly 0."""
     captions = ["a small red ring at the top left", "a large blue bar at the bottom right and a"]
     tokens = tokenizer.encode(captions, model.config.text_len)[:, :12]
-    unimodal = model.unimodal
-    length = (tokens != PAD).sum(1)
-    block = unimodal.blocks[0]
-    x = block.self_norm(unimodal.insert_cls(unimodal.embed(tokens), length))
-    _, weights = block.self_attention(x, causal=True, return_weights=True)
-    weights = weights[0].mean(0)                                        # (L + 1, L + 1)
+    weights = who_looks_at_whom(model, tokens)[0]                       # (L + 1, L + 1)
     names = ["<begin>", *captions[0].split(), "<end>", "[CLS]"]
     names += ["<pad>"] * (len(weights) - len(names))
     parts = []
