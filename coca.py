@@ -41,8 +41,8 @@ Where the paper is silent we chose: pre-LayerNorm and GELU; learned positions (t
 the text embedding; no projection to a joint space (so E = D); [CLS] carries no position, sees
 exactly the real tokens and itself, and is taken out before the multimodal half; Eq. (3) as a mean
 over the batch's target tokens; no dropout; temperature within [0.01, 1]; texts of 64 tokens for the
-paper's sizes; initial values (CoCa.init_parameters, ImageEncoder.whiten). Where we differ: images
-with the same caption are each other's positives in Eq. (2) (contrastive_loss says why).
+paper's sizes; initial values (CoCa.init_parameters, ImageEncoder.standardise). Where we differ:
+images with the same caption are each other's positives in Eq. (2) (contrastive_loss says why).
 """
 import functools
 import math
@@ -277,13 +277,14 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     @torch.no_grad()
-    def whiten(self, images):
-        """Start from half-whitened patches: centred, and each direction in which they vary scaled
-        by spread^-1/2. images (n, 3, S, S): some of the photographs to be learned from.
+    def standardise(self, images, whitening):
+        """Sets the patch embedding: centred and of spread 1 on these images (n, 3, S, S).
 
-        Neighbouring pixels are nearly equal, so brightness outweighs edges and texture by far, and
-        an encoder has to learn first that these matter. Whitening in full (as ConvNets do that
-        learn CIFAR in seconds: Jordan 2024, arXiv 2404.00498) makes noise as loud as the picture.
+        whitening: each direction in which patches vary is scaled by spread^-whitening. 0 keeps the
+        picture as it is; 1 makes all directions equally loud, noise too (as ConvNets do that learn
+        CIFAR in seconds: Jordan 2024, arXiv 2404.00498). In photographs neighbouring pixels are
+        nearly equal, so brightness outweighs edges and texture by far, and an encoder has to learn
+        first that these matter: half of whitening helps. In scenes most directions are noise.
         """
         weight = self.patches.weight.flatten(1)                         # (D, 3 * patch^2)
         size = self.patches.stride
@@ -291,7 +292,7 @@ class ImageEncoder(nn.Module):
         patches = patches.transpose(1, 2).flatten(0, 1)                 # (n * P, 3 * patch^2)
         variance, directions = torch.linalg.eigh(patches.T.cov())
         variance = variance.clamp(min=0) + 1e-5  # (blank images: no division by 0)
-        scale = variance ** -0.25
+        scale = variance ** (-whitening / 2)
         scale = scale / (variance * scale**2).mean().sqrt()  # embeddings of spread 1
         weight = weight @ (directions * scale) @ directions.T           # (D, 3 * patch^2)
         self.patches.weight.copy_(weight.view_as(self.patches.weight))

@@ -57,7 +57,7 @@ from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_f
 # What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4, for models a
 # hundred times as large and 500,000 steps; these are ours
 PRESETS = {
-    "shapes": dict(steps=780, batch_size=128, lr=1.5e-3, sizes=dict(patch_size=8)),
+    "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, sizes=dict(patch_size=8)),
     "cifar10": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
     "cifar100": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
     "coco": dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8)),
@@ -229,9 +229,9 @@ def new_model(config, s, data, source=None, vocabulary=None):
         tokenizer = Tokenizer.learn(texts, max(config.vocab_size, CONFIGS["tiny"].vocab_size))
     torch.manual_seed(s.seed)
     model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer)))
-    starts_anew = source is None or "encoder" in s.fresh
-    if starts_anew and data.augment:  # photographs: patches of scenes differ mostly by noise
-        model.encoder.whiten(to_model(torch.tensor(data.images[:256])))
+    if source is None or "encoder" in s.fresh:
+        some = to_model(torch.tensor(data.images[:256]))
+        model.encoder.standardise(some, whitening=0.5 if data.augment else 0)  # 0.5: photographs
     if source is None:
         return model, tokenizer
     weights = {name: p for name, p in source.state_dict().items() if part_of(name) not in s.fresh}

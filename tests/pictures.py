@@ -1,7 +1,7 @@
 """Draws the README's pictures into assets/ (SVG on white, so they look the same in the dark).
 
     python tests/pictures.py runs/shapes/checkpoint.pt     scenes, attention, mask and losses
-    python tests/pictures.py                               entropy, from tests/entropy.csv
+    python tests/pictures.py                               entropy and ablations, from tests/*.csv
 
 pytest does not collect this file. Curves and maps are drawn by the functions of eval.py's report.
 """
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from ablations import BOTH_WAYS, QUESTION, TABLE_8, ZERO_SHOT, read_lines, values_of
 
 from coca import PAD, who_looks_at_whom
 from data import UserError, load, to_model
@@ -159,6 +160,48 @@ def draw_entropy(file):
          740, 232, *beside(entropy, cap), *titles)
 
 
+def draw_ablations(file):
+    """Table 8 at small scale: a dot for each run, a line at the default's mean."""
+    runs = [line for line in read_lines(file).values() if line["data"] == "shapes"]
+    entries = []
+    for row in "bcdef":
+        entries += [(f"({row}) {what}", variant) for what, variant, _ in TABLE_8[row][1][1:]]
+    bottom = 52 + 22 * len(entries)
+    parts = [text("A dot is a run, the line the default's mean.", 12, bottom + 22)]
+    for i, (what, _) in enumerate(entries):
+        parts.append(text(what, 12, 60 + 22 * i))
+    titles = {ZERO_SHOT: "zero-shot", BOTH_WAYS: "retrieval, R@1",
+              "captions exactly right": "captions", QUESTION: "questions"}
+    for k, (score, title) in enumerate(titles.items()):
+        panel = score_panel(runs, score, [variant for _, variant in entries], bottom)
+        header = text(title, 45, 20, text_anchor="middle", font_weight="bold")
+        parts.append(tag("g", header, *panel, transform=f"translate({280 + 115 * k} 0)"))
+    save("ablations", "Scores of each variant of Table 8 on generated scenes, a dot for each run",
+         740, bottom + 34, *parts)
+
+
+def score_panel(runs, score, variants, bottom):
+    """One score of all variants, from its least to its greatest value over 90 pixels."""
+    there = [float(line[score]) for line in runs if line[score]]
+    low = min(there)
+    high = max(there)
+
+    def across(value):  # -> pixels from the left
+        return round(90 * (value - low) / max(high - low, 1e-9), 1)
+
+    mean = across(np.mean(values_of(runs, "default", score)))
+    parts = [tag("path", d=f"M{mean} 44V{bottom}", stroke="#d55e00")]
+    for value in (low, high):
+        parts.append(text(f"{value:.0%}", across(value), 38, text_anchor="middle", font_size=11))
+    for i, variant in enumerate(variants):
+        y = 56 + 22 * i
+        parts.append(tag("path", d=f"M0 {y}h90", stroke="#8886"))
+        for value in values_of(runs, variant, score):
+            parts.append(tag("circle", cx=across(value), cy=y, r=4, fill="#0a7bd0",
+                             fill_opacity=0.6))
+    return parts
+
+
 def main():
     if len(sys.argv) > 2 or sys.argv[1:] in (["-h"], ["--help"]):
         sys.exit(__doc__)
@@ -174,6 +217,8 @@ def main():
         draw_losses(checkpoint)
     if (HERE / "entropy.csv").exists():
         draw_entropy(HERE / "entropy.csv")
+    if (HERE / "ablations.csv").exists():
+        draw_ablations(HERE / "ablations.csv")
 
 
 if __name__ == "__main__":

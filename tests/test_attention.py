@@ -192,42 +192,48 @@ def test_the_tour_prints_the_mask(capsys):
         assert "." not in weights[:i + 1] and set(weights[i + 1:]) <= {"."}
 
 
-# Half-whitened patches
+# Standardised and whitened patches
 
 
-def whitened(images, whiten=True):
-    """Patch embeddings (n, D, rows, columns) of images by an encoder that starts from them."""
+def embedded(images, whitening):
+    """Patch embeddings (n, D, rows, columns) by an encoder that starts from these images.
+
+    None: it starts as CoCa.init_parameters leaves it.
+    """
     torch.manual_seed(0)
     encoder = CoCa(CoCaConfig(image_size=8, patch_size=4, width=64, vocab_size=5)).encoder
-    if whiten:
-        encoder.whiten(images)
+    if whitening is not None:
+        encoder.standardise(images, whitening)
     return encoder.patches(images)
 
 
-def check_colours_do_not_matter(whiten=True):
+def check_colours_do_not_matter(whitening):
     images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    found = whitened(images, whiten)
+    found = embedded(images, whitening)
     torch.testing.assert_close(found.mean((0, 2, 3)), torch.zeros(64), rtol=0, atol=1e-4)
     assert found.std().item() == pytest.approx(1, abs=0.1)
-    darker = whitened(images * 0.3 - 0.6, whiten)
+    darker = embedded(images * 0.3 - 0.6, whitening)
     torch.testing.assert_close(darker, found, rtol=0, atol=0.01)
 
 
 def test_patches_start_centred_and_at_one_scale_however_dark_or_pale_the_images_are():
-    check_colours_do_not_matter()
+    check_colours_do_not_matter(0)
+    check_colours_do_not_matter(0.5)
     with fails:  # control
-        check_colours_do_not_matter(whiten=False)
+        check_colours_do_not_matter(None)
 
 
-def test_whitening_by_half_takes_the_square_root_of_how_much_brightness_outweighs_detail():
+def test_whitening_is_to_what_power_brightness_no_longer_outweighs_detail():
     noise = torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     brightness = torch.randn(400, 1, 1, 1, generator=torch.Generator().manual_seed(2))
     images = 0.01 * noise + brightness  # spread of a patch's mean: 1, of what is left: 0.01
     ratios = []
-    for whiten in (False, True):
-        found = whitened(images, whiten) - whitened(images, whiten).mean((0, 2, 3), keepdim=True)
+    for whitening in (None, 0, 0.5):
+        found = embedded(images, whitening)
+        found = found - found.mean((0, 2, 3), keepdim=True)
         loud = found.mean((2, 3), keepdim=True)  # all patches of an image are equally bright
         ratios.append((loud.std() / (found - loud).std()).item())
-    plain, half = (ratio * 47**0.5 for ratio in ratios)  # one direction against 47 others
+    plain, standardised, half = (ratio * 47**0.5 for ratio in ratios)  # one direction against 47
+    assert standardised == pytest.approx(plain, rel=0.01), ratios
     assert half == pytest.approx(plain**0.5, rel=0.2), ratios
-    assert torch.isfinite(whitened(torch.ones(4, 3, 8, 8))).all()
+    assert torch.isfinite(embedded(torch.ones(4, 3, 8, 8), 0.5)).all()
