@@ -44,7 +44,8 @@ class UserError(Exception):
 
 
 def note(text):
-    print(f"note: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # several processes say it once
+        print(f"note: {text}", file=sys.stderr)
 
 
 def pillow():

@@ -716,6 +716,8 @@ def check_texts(texts, model, tokenizer):
         if rows[i] in rows[:i]:
             first = texts[rows.index(rows[i])]
             raise UserError(f"{first!r} and {text!r} are the same to the checkpoint; drop one")
+        if len(words(text)) > model.config.text_len - 2:
+            note(f"{text!r}: only its first {model.config.text_len - 2} words count")
     unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
     if unknown:
         note(f"words that the checkpoint does not know: {', '.join(unknown)}")
@@ -1092,6 +1094,8 @@ def parse_args(argv=None):
         p.error("--labels and --find need --image, the pictures to compare with")
     if args.labels and len(args.labels) < 2:
         p.error("--labels needs two texts or more to choose from")
+    if args.image and (args.task or args.all or args.data or args.data_dir or args.clips):
+        p.error("--image looks at these pictures only; leave --task, --all, --data and --clips out")
     return args
 
 

@@ -269,8 +269,11 @@ def bench_entropy(seeds):
     queries and images. "faint positions" starts as many a ViT does: the image's positions at 0.2
     of the sinusoids and the softmax from a standard deviation of 0.02.
     """
-    if not ENTROPY.exists():
-        ENTROPY.write_text(",".join(ENTROPY_COLUMNS) + "\n")
+    kept = [",".join(ENTROPY_COLUMNS)]
+    if ENTROPY.exists():  # a seed that is measured again is there once
+        lines = ENTROPY.read_text().splitlines()[1:]
+        kept += [line for line in lines if int(line.split(",")[1]) not in seeds]
+    ENTROPY.write_text("\n".join(kept) + "\n")
     for seed in seeds:
         for start in STARTS:
             run, batches = make_run(Watched, ["--seed", str(seed)])

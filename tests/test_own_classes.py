@@ -217,10 +217,19 @@ def test_errors_are_one_line_before_any_picture_is_read(command, monkeypatch, fl
 
 @pytest.mark.parametrize("flags, message", [
     ("--labels red blue", "need --image"), ("--find red", "need --image"),
-    ("--image 0.png --labels red", "two texts or more"), ("--image 0.png --find", "expected at least one")])
-def test_flags_that_lack_something_are_named(command, capsys, flags, message):
+    ("--image 0.png --labels red", "two texts or more"), ("--image 0.png --find", "expected at least one"),
+    ("--image 0.png --all", "leave --task, --all"), ("--image 0.png --clips .", "leave --task, --all")])
+def test_flags_that_lack_something_or_do_not_go_together_are_named(command, capsys, flags, message):
     assert command(*flags.split()).code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_words_that_do_not_fit_or_are_not_known_are_noted(command, capsys):
+    assert not command("--image", "0.png", "--find", "red ring")  # control
+    assert "note:" not in capsys.readouterr().err
+    assert not command("--image", "0.png", "--find", "red " * 40 + "zebra")
+    notes = capsys.readouterr().err
+    assert "only its first" in notes and "does not know: zebra" in notes
 
 
 def test_a_picture_that_is_missing_is_one_line(command):
