@@ -166,13 +166,13 @@ TABLE_8 = {
         ("L_Con only", "contrastive only", {ZERO_SHOT: 70.7, QUESTION: 59.2, COST: 1.0}),
         ("L_Cap only", "captioning only", {QUESTION: 68.9, COST: 1.17})]),
     "c": ("lambda_cap : lambda_con", [
-        ("2 : 1", "default", {ZERO_SHOT: 71.6, QUESTION: 69.0}),
-        ("1 : 1", "weights 1:1", {ZERO_SHOT: 71.5, QUESTION: 68.6}),
-        ("1 : 2", "weights 1:2", {ZERO_SHOT: 71.0, QUESTION: 68.1})]),
+        ("cap : con = 2 : 1", "default", {ZERO_SHOT: 71.6, QUESTION: 69.0}),
+        ("cap : con = 1 : 1", "weights 1:1", {ZERO_SHOT: 71.5, QUESTION: 68.6}),
+        ("cap : con = 1 : 2", "weights 1:2", {ZERO_SHOT: 71.0, QUESTION: 68.1})]),
     "d": ("n_uni of all decoder layers", [
-        ("2 of 4 (paper: 6 of 12)", "default", {ZERO_SHOT: 71.6, QUESTION: 69.0}),
-        ("1 of 4 (3 of 12)", "n_uni 1", {ZERO_SHOT: 70.2, QUESTION: 69.0}),
-        ("3 of 4 (9 of 12)", "n_uni 3", {ZERO_SHOT: 71.4, QUESTION: 68.8})]),
+        ("n_uni 2 of 4 (paper: 6 of 12)", "default", {ZERO_SHOT: 71.6, QUESTION: 69.0}),
+        ("n_uni 1 of 4 (3 of 12)", "n_uni 1", {ZERO_SHOT: 70.2, QUESTION: 69.0}),
+        ("n_uni 3 of 4 (9 of 12)", "n_uni 3", {ZERO_SHOT: 71.4, QUESTION: 68.8})]),
     "e": ("text embedding", [
         ("one [CLS]", "default", {BOTH_WAYS: 41.4}),
         ("mean of [CLS] and the text's states", "mean text", {BOTH_WAYS: 40.2})]),

@@ -163,7 +163,7 @@ def draw_entropy(file):
 def draw_ablations(file):
     """Table 8 at small scale: a dot for each run, a line at the default's mean."""
     runs = [line for line in read_lines(file).values() if line["data"] == "shapes"]
-    entries = []
+    entries = [("default: both, 2 : 1, n_uni 2, cascade", "default")]
     for row in "bcdef":
         entries += [(f"({row}) {what}", variant) for what, variant, _ in TABLE_8[row][1][1:]]
     bottom = 52 + 22 * len(entries)
@@ -175,7 +175,7 @@ def draw_ablations(file):
     for k, (score, title) in enumerate(titles.items()):
         panel = score_panel(runs, score, [variant for _, variant in entries], bottom)
         header = text(title, 45, 20, text_anchor="middle", font_weight="bold")
-        parts.append(tag("g", header, *panel, transform=f"translate({280 + 115 * k} 0)"))
+        parts.append(tag("g", header, *panel, transform=f"translate({275 + 120 * k} 0)"))
     save("ablations", "Scores of each variant of Table 8 on generated scenes, a dot for each run",
          740, bottom + 34, *parts)
 
