@@ -191,8 +191,8 @@ def score_panel(runs, score, variants, bottom):
 
     mean = across(np.mean(values_of(runs, "default", score)))
     parts = [tag("path", d=f"M{mean} 44V{bottom}", stroke="#d55e00")]
-    for value in (low, high):
-        parts.append(text(f"{value:.0%}", across(value), 38, text_anchor="middle", font_size=11))
+    for value, anchor in ((low, "start"), (high, "end")):
+        parts.append(text(f"{value:.0%}", across(value), 38, text_anchor=anchor, font_size=11))
     for i, variant in enumerate(variants):
         y = 56 + 22 * i
         parts.append(tag("path", d=f"M0 {y}h90", stroke="#8886"))
