@@ -587,7 +587,8 @@ def test_train_then_eval_end_to_end(tmp_path, monkeypatch, capsys):
     for part in ("zero-shot top-1", "image to text R@1 ", "generated:", "true:"):
         assert part in out, part
     row = {name: float(value) for name, value in rows_of(tmp_path)[0].items()}
-    assert row["images"] == 8 and row["loss_con"] == pytest.approx(2 * math.log(8), rel=0.35)
+    excess = row["loss_con"] - 2 * math.log(8)  # similarities start with a spread of their own
+    assert row["images"] == 8 and -0.3 < excess < 2.5  # (one direction or half of both: below)
     assert row["loss"] == pytest.approx(row["loss_con"] + 2 * row["loss_cap"], rel=1e-6)
     words = Tokenizer(checkpoint["vocabulary"])  # it travels along
     assert words.decode(words.encode(["a small red ring"], 32)[0]) == "a small red ring"
