@@ -607,6 +607,29 @@ def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeyp
         parse(re.split(r"\s{2,}|[;,#\[]", arguments + "  ")[0].split())
 
 
+def start_of_patches(augment, source=None, fresh=()):
+    """(D, 3 * patch^2) weights, and mean and spread of the embeddings of the scenes they start from."""
+    data = dataclasses.replace(load("shapes", subset=32), augment=augment)
+    settings = SimpleNamespace(fresh=fresh, seed=0)
+    model, _ = train.new_model(SMALL, settings, data, source, vocabulary=Tokenizer("abcde"))
+    with torch.no_grad():
+        found = model.encoder.patches(to_model(torch.tensor(data.images)))
+    return model.encoder.patches.weight.flatten(1), found.mean().item(), found.std().item()
+
+
+def test_a_new_encoder_starts_from_the_data_whitened_if_they_are_photographs():
+    torch.manual_seed(1)
+    source = CoCa(dataclasses.replace(SMALL, vocab_size=5))
+    started = pytest.approx((0, 1), abs=0.1)
+    plain, *spread = start_of_patches(augment=False)
+    assert spread == started
+    whitened, *spread = start_of_patches(augment=True)
+    assert spread == started and whitened.std() > 2 * plain.std()  # faint directions are louder
+    assert start_of_patches(False, source, fresh=["encoder"])[1:] == started
+    kept, *spread = start_of_patches(False, source)  # control: an encoder that is not new stays
+    assert torch.equal(kept, source.encoder.patches.weight.flatten(1)) and spread != started
+
+
 def test_the_recipe_of_section_4_1():
     assert CoCaConfig().lambda_cap == 2 and CoCaConfig().lambda_con == 1
     lr = [train.learning_rate(step, 8e-4, 1000) for step in range(1000)]
