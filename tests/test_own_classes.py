@@ -217,9 +217,12 @@ def test_errors_are_one_line_before_any_picture_is_read(command, monkeypatch, fl
 
 @pytest.mark.parametrize("flags, message", [
     ("--labels red blue", "need --image"), ("--find red", "need --image"),
-    ("--image 0.png --labels red", "two texts or more"), ("--image 0.png --find", "expected at least one"),
-    ("--image 0.png --all", "leave --task, --all"), ("--image 0.png --clips .", "leave --task, --all")])
-def test_flags_that_lack_something_or_do_not_go_together_are_named(command, capsys, flags, message):
+    ("--image 0.png --labels red", "two texts or more"),
+    ("--image 0.png --find", "expected at least one"),
+    ("--image 0.png --all", "leave --task, --all"),
+    ("--image 0.png --clips .", "leave --task, --all")])
+def test_flags_that_lack_something_or_do_not_go_together_are_named(
+        command, capsys, flags, message):
     assert command(*flags.split()).code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 

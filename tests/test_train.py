@@ -608,7 +608,7 @@ def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeyp
 
 
 def start_of_patches(augment, source=None, fresh=()):
-    """(D, 3 * patch^2) weights, and mean and spread of the embeddings of the scenes they start from."""
+    """Patch weights (D, 3 * patch^2) of new_model; mean and spread of the embeddings they give."""
     data = dataclasses.replace(load("shapes", subset=32), augment=augment)
     settings = SimpleNamespace(fresh=fresh, seed=0)
     model, _ = train.new_model(SMALL, settings, data, source, vocabulary=Tokenizer("abcde"))
