@@ -158,6 +158,11 @@ def words(text):
     return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
+def is_cut(text, text_len):
+    """Is the text too long for text_len tokens, BEGIN and END among them?"""
+    return len(words(text)) > text_len - 2
+
+
 class Tokenizer:
     """Numbers for words, learned from captions. (The paper: SentencePiece, 64,000 pieces.)"""
 
@@ -231,9 +236,9 @@ class Batches:
         for texts in data.captions:
             self.choices.append([rows.setdefault(text, len(rows)) for text in texts])
         self.tokens = tokenizer.encode(rows, text_len)                  # (texts, L)
-        too_long = sum(len(words(text)) > text_len - 2 for text in rows)
-        if too_long:
-            note(f"{too_long} captions cut to {text_len - 2} words")
+        cut = sum(is_cut(text, text_len) for text in rows)
+        if cut:
+            note(f"{cut} captions cut to {text_len - 2} words")
         self.sides = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
         self.epoch = None
 

@@ -43,6 +43,7 @@ from data import (
     Tokenizer,
     UserError,
     entailment,
+    is_cut,
     load,
     moving_shapes,
     new_file,
@@ -716,7 +717,7 @@ def check_texts(texts, model, tokenizer):
         if rows[i] in rows[:i]:
             first = texts[rows.index(rows[i])]
             raise UserError(f"{first!r} and {text!r} are the same to the checkpoint; drop one")
-        if len(words(text)) > model.config.text_len - 2:
+        if is_cut(text, model.config.text_len):
             note(f"{text!r}: only its first {model.config.text_len - 2} words count")
     unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
     if unknown:

@@ -78,7 +78,7 @@ def end_of(*parts, program=train):
         return str(e)
 
 
-def refused(message, *parts, program=train):
+def exits_saying(message, *parts, program=train):
     """The program ends in one line that says so."""
     text = end_of(*parts, program=program)
     assert re.search(message, text) and "\n" not in text, text
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_whole_files_to_go_on_from(failing, runs, cut, monkey
     calls, files = [], set(cut.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        refused("cannot be written", "--resume --save-every 1 --out", cut)
+        exits_saying("cannot be written", "--resume --save-every 1 --out", cut)
     assert set(cut.iterdir()) == files and len(rows_of(cut)) == 3
     if failing == 3:
         check_whole(cut, 3)
@@ -249,7 +249,7 @@ def test_a_signal_after_the_last_step_is_obeyed(cut, monkeypatch):
 def test_weights_without_finite_losses_are_not_saved(checked, tmp_path, monkeypatch):
     explodes = "--lr 1e38 --steps 1 --out"
     if checked:
-        refused("is (nan|inf); .*last good one", TOY, explodes, tmp_path)
+        exits_saying("is (nan|inf); .*last good one", TOY, explodes, tmp_path)
     else:
         monkeypatch.setattr(train.Run, "check_finite", lambda *args, **values: None)
         train.main(flags(TOY, explodes, tmp_path))
@@ -269,7 +269,7 @@ def test_what_is_not_finite_stops_the_run(name, field, tmp_path, monkeypatch):
 
     real, steps = CoCa.losses, []
     monkeypatch.setattr(CoCa, "losses", poisoned)
-    refused(f"step 5: {name} is nan", TOY, "--steps 9 --save-every 3 --out", tmp_path)
+    exits_saying(f"step 5: {name} is nan", TOY, "--steps 9 --save-every 3 --out", tmp_path)
     check_whole(tmp_path, 3)
 
 
@@ -324,9 +324,9 @@ def test_a_run_that_is_still_going_is_left_alone_until_it_is_killed(tmp_path, mo
             time.sleep(0.01)
         with monkeypatch.context() as patch:  # what is read before could be old when it is free
             patch.setattr(train, "load_checkpoint", lambda *args: pytest.fail("read all the same"))
-            refused("in use by another run", "--resume --device cpu --out", tmp_path)
+            exits_saying("in use by another run", "--resume --device cpu --out", tmp_path)
         (tmp_path / "checkpoint.pt").rename(tmp_path / "moved")
-        refused("in use by another run", TOY, "--out", tmp_path)
+        exits_saying("in use by another run", TOY, "--out", tmp_path)
     finally:
         process.kill()
         process.join()
@@ -341,9 +341,9 @@ def test_a_run_is_not_overwritten(tmp_path, monkeypatch):
     before = Path("runs/shapes/checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(train, "load_data", lambda *args: pytest.fail("too late"))
-        refused("holds a run already", TOY, "--out runs/shapes")
+        exits_saying("holds a run already", TOY, "--out runs/shapes")
     assert before == Path("runs/shapes/checkpoint.pt").read_bytes()
-    refused("cannot be made", TOY, "--out runs/shapes/metrics.csv")
+    exits_saying("cannot be made", TOY, "--out runs/shapes/metrics.csv")
 
 
 # What may change on --resume, what --init brings, what --train leaves alone
@@ -369,9 +369,9 @@ def test_only_what_changes_no_result_may_change(tmp_path, monkeypatch):
     run_and_stop(monkeypatch, cut, 2, *own)
     shutil.move(tmp_path / "here", moved)
     monkeypatch.chdir(tmp_path)
-    refused("here: no such folder", "--resume --out", cut)
-    refused("made with --lr 0.0015", "--lr 1 --resume --out", cut)
-    refused("made with --steps 4", "--steps 8 --resume --out", cut)
+    exits_saying("here: no such folder", "--resume --out", cut)
+    exits_saying("made with --lr 0.0015", "--lr 1 --resume --out", cut)
+    exits_saying("made with --steps 4", "--steps 8 --resume --out", cut)
     kept = resume(cut, "--steps 4 --data-dir moved")["settings"]
     assert kept["accum"] == 2 and kept["grad_checkpoint"] and kept["data_dir"] == str(moved)
     check_same(whole, cut)  # with --accum 1 the last digits would differ
@@ -424,9 +424,9 @@ def test_frozen_parts_do_not_move_by_one_bit_and_fresh_parts_start_anew(go):
 
 def test_sizes_that_do_not_fit_the_checkpoint_are_refused(go, tmp_path):
     init = flags(TOY, "--init", tmp_path / "first" / "checkpoint.pt", "--out", tmp_path / "o")
-    refused("generative_pooler.query does not fit.*--fresh poolers", "--n-query 5", *init)
-    refused("encoder.blocks.*does not fit.*--fresh encoder", "--encoder-layers 2", *init)
-    refused("not a multiple", "--image-size 30", *init)
+    exits_saying("generative_pooler.query does not fit.*--fresh poolers", "--n-query 5", *init)
+    exits_saying("encoder.blocks.*does not fit.*--fresh encoder", "--encoder-layers 2", *init)
+    exits_saying("not a multiple", "--image-size 30", *init)
     assert not (tmp_path / "o").exists()
 
 
@@ -537,12 +537,12 @@ def test_unfit_checkpoints_are_refused_and_left_alone(content, size, message, tm
     torch.save(content, file)
     file.write_bytes(file.read_bytes()[:size])
     before = file.read_bytes()
-    refused(message, file, program=evaluation)
-    refused(message, "--resume --out", tmp_path)
-    refused(message, "--init", file, "--out", tmp_path / "new")
+    exits_saying(message, file, program=evaluation)
+    exits_saying(message, "--resume --out", tmp_path)
+    exits_saying(message, "--init", file, "--out", tmp_path / "new")
     assert file.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", "lock"}
-    refused("no such checkpoint", "--resume --out", tmp_path / "new")
+    exits_saying("no such checkpoint", "--resume --out", tmp_path / "new")
 
 
 @pytest.mark.parametrize("wrong", [
@@ -563,7 +563,7 @@ def test_bad_values_are_refused_before_anything_loads(wrong, monkeypatch, capsys
     ("--data coco --data-dir nowhere", "no such folder")])
 def test_what_cannot_be_done_is_said_and_leaves_no_folder(wrong, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(message, TOY, wrong, "--out o")
+    exits_saying(message, TOY, wrong, "--out o")
     assert not Path("o").exists()
 
 
