@@ -207,7 +207,7 @@ def load_data(s, size, download, rank, world):
     data = load(s.data, s.data_dir, "train", subset=s.subset, download=fetch, **common)
     val = load(s.data, s.data_dir, "val", **common)
     if s.dedup:  # training shows mirror images too
-        data = without_duplicates(data, val, mirrored=data.augment)
+        data = without_duplicates(data, val, mirrored=bool(data.augment))
     if rank == 0 and world > 1:
         dist.barrier()
     return data, val
