@@ -129,7 +129,8 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
         data = cifar(name, data_dir, file_split, size, download)
         return select(data, take(np.arange(len(data)), subset, data_dir)) if subset else data
     if download:
-        raise UserError(f"--download fetches CIFAR only; get {name} yourself (README, Data)")
+        raise UserError(f"--download fetches CIFAR only; get {name} yourself, and give "
+                        "its folder as --data-dir")
     if not os.path.isdir(data_dir):
         raise UserError(f"{data_dir}: no such folder; --data-dir must hold your {name} data")
     if name == "coco":

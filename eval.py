@@ -837,8 +837,11 @@ def spread(n, k):
 STROKES = [("#0a7bd0", "none"), ("#d55e00", "7 3"), ("#009e73", "2 3")]  # colours, dashes
 
 
-def chart(title, steps, curves):
-    """SVG of curves {name: values (n,)} over steps (n,), log scale, means of <= 300 windows."""
+def chart(title, seen, curves):
+    """SVG of curves {name: values (n,)} over images seen (n,), log scale.
+
+    A point is the mean of a window, of which there are at most 300.
+    """
     means = {}
     for name, values in curves.items():
         windows = np.array_split(values, min(len(values), 300))
@@ -852,9 +855,9 @@ def chart(title, steps, curves):
     parts = []
     for value in np.geomspace(low, high, 5):
         parts.append(tag("path", d=f"M60 {down(value):.0f}H345", stroke="#8888"))
-        parts.append(tag("text", f"{value:.3g}", x=55, y=round(down(value)) + 4, text_anchor="end"))
-    for x, step in ((60, steps[0]), (345, steps[-1])):
-        parts.append(tag("text", f"{step:,.0f}", x=x, y=208, text_anchor="middle"))
+        parts.append(tag("text", f"{value:.2g}", x=55, y=round(down(value)) + 4, text_anchor="end"))
+    for x, name in ((60, f"{seen[0]:,.0f}"), (202, "images seen"), (345, f"{seen[-1]:,.0f}")):
+        parts.append(tag("text", name, x=x, y=208, text_anchor="middle"))
     for i, (name, y) in enumerate(means.items()):
         colour, dashes = STROKES[i % len(STROKES)]
         look = dict(fill="none", stroke=colour, stroke_dasharray=dashes, stroke_width=1.5)
@@ -875,8 +878,8 @@ def loss_curves(names, metrics):
     column = dict(zip(names, metrics.cpu().numpy().T))
     names = ("loss", "loss_con", "loss_cap")
     curves = {name: column[name] for name in names if column[name].any()}
-    text = "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4), by steps."
-    return [tag("p", text), chart("Losses over steps, log scale", column["step"], curves)]
+    text = "loss_con is Eq. (2), loss_cap Eq. (3), loss their weighted sum, Eq. (4)."
+    return [tag("p", text), chart("Losses, log scale", column["images"], curves)]
 
 
 def confusions(predicted, data):

@@ -53,12 +53,13 @@ def lines(words, x, y, width=24):
     return parts
 
 
-def beside(*charts):
-    """Charts side by side."""
+def save_charts(name, title, charts):
+    """Writes assets/NAME.svg of charts {title: chart}, side by side."""
     parts = []
-    for i, drawn in enumerate(charts):
-        parts.append(tag("svg", drawn, x=370 * i, y=4, width=370, height=215))
-    return parts
+    for i, (above, drawn) in enumerate(charts.items()):
+        parts.append(text(above, 60 + 370 * i, 20, font_weight="bold"))
+        parts.append(tag("svg", drawn, x=370 * i, y=26, width=370, height=215))
+    save(name, title, 740, 246, *parts)
 
 
 @torch.no_grad()
@@ -133,9 +134,11 @@ def draw_mask(model, tokenizer):
 def draw_losses(checkpoint):
     column = dict(zip(checkpoint["metrics_names"], checkpoint["metrics"].numpy().T))
     seen = column["images"]
-    con = chart("Contrastive loss, Eq. (2)", seen, {"contrastive, Eq. (2)": column["loss_con"]})
-    cap = chart("Captioning loss, Eq. (3)", seen, {"captioning, Eq. (3)": column["loss_cap"]})
-    save("losses", "Both losses over images seen", 740, 224, *beside(con, cap))
+    charts = {}
+    for title, name in (("Contrastive loss, Eq. (2)", "loss_con"),
+                        ("Captioning loss, Eq. (3)", "loss_cap")):
+        charts[title] = chart(title, seen, {"in training": column[name]})
+    save_charts("losses", "Both losses over images seen", charts)
 
 
 def draw_entropy(file):
@@ -152,22 +155,22 @@ def draw_entropy(file):
                 values = [float(row[what]) for row in mine if int(row["images"]) == images]
                 means.append(np.mean(values))
             found[start] = np.array(means)
-    entropy = chart("Entropy of the generative pooler's attention, nats", seen, curves["entropy"])
-    cap = chart("Captioning loss on validation scenes", seen, curves["val_cap"])
-    titles = [text("entropy of the pooler's attention, nats", 60, 222),
-              text("validation captioning loss", 430, 222)]
-    save("entropy", "The pooler's entropy and the validation captioning loss over images seen",
-         740, 232, *beside(entropy, cap), *titles)
+    charts = {}
+    for title, what in (("Entropy of the pooler's attention, nats", "entropy"),
+                        ("Validation captioning loss", "val_cap")):
+        charts[title] = chart(title, seen, curves[what])
+    save_charts("entropy", "The pooler's entropy and the validation captioning loss", charts)
 
 
 def draw_ablations(file):
     """Table 8 at small scale: a dot for each run, a line at the default's mean."""
     runs = [line for line in read_lines(file).values() if line["data"] == "shapes"]
-    entries = [("default: both, 2 : 1, n_uni 2, cascade", "default")]
+    entries = [("default: both, 2 : 1, n_uni 2, cascade, 16", "default")]
     for row in "bcdef":
         entries += [(f"({row}) {what}", variant) for what, variant, _ in TABLE_8[row][1][1:]]
     bottom = 52 + 22 * len(entries)
-    parts = [text("A dot is a run, the line the default's mean.", 12, bottom + 22)]
+    key = "A dot is a run, the line the default's mean; no dots: that loss was not trained."
+    parts = [text(key, 12, bottom + 22)]
     for i, (what, _) in enumerate(entries):
         parts.append(text(what, 12, 60 + 22 * i))
     titles = {ZERO_SHOT: "zero-shot", BOTH_WAYS: "retrieval, R@1",

@@ -51,6 +51,19 @@ def test_pads_do_not_reach_the_classifier(seed, real, pads):
         torch.testing.assert_close(classifier(tokens), expected)
 
 
+@torch.no_grad()
+def check_image_tokens(read):
+    model = CONTROL.model()
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(read(model, images)[0], model.encoder(to_model(images)))
+
+
+def test_frozen_and_finetuned_classifiers_read_the_encoder_and_no_pretrained_pooler():
+    check_image_tokens(image_tokens)
+    with fails:  # control: the pooler that was trained with the encoder
+        check_image_tokens(lambda model, images: (model.generative_pooler(
+            model.encoder(to_model(images))),))
+
 
 # One loop for all that is learned
 
