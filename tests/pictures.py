@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from ablations import BOTH_WAYS, QUESTION, TABLE_8, ZERO_SHOT, read_lines, values_of
+from ablations import BOTH_WAYS, IMAGES, QUESTION, TABLE_8, ZERO_SHOT, read_lines, values_of
 
 from coca import PAD, who_looks_at_whom
 from data import UserError, load, to_model
@@ -164,7 +164,8 @@ def draw_entropy(file):
 
 def draw_ablations(file):
     """Table 8 at small scale: a dot for each run, a line at the default's mean."""
-    runs = [line for line in read_lines(file).values() if line["data"] == "shapes"]
+    runs = [line for line in read_lines(file).values()
+            if line["data"] == "shapes" and int(line["images"]) == IMAGES["b"]]
     entries = [("default: both, 2 : 1, n_uni 2, cascade, 16", "default")]
     for row in "bcdef":
         entries += [(f"({row}) {what}", variant) for what, variant, _ in TABLE_8[row][1][1:]]
