@@ -82,7 +82,7 @@ class Dataset:
     labels: np.ndarray = None  # (N,) class of each image, where there are classes
     classes: list = field(default_factory=list)  # their names
     templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
-    augment: float = 0  # 0 = images as they are; else flips, and crops of this share at least
+    augment: bool = False  # crop and flip in training
 
     def __len__(self):
         return len(self.images)
@@ -257,33 +257,24 @@ class Batches:
         images = self.data.images[rows]                                 # (B, 3, S, S) uint8
         if self.data.augment:
             rng = np.random.default_rng([self.seed, 1, step])
-            border = max(1, images.shape[-1] // 8)
+            border = images.shape[-1] // 8
             corner = rng.integers(0, 2 * border + 1, (self.batch_size, 2))[self.own]
             flip = (rng.random(self.batch_size) < 0.5)[self.own]
             flip &= ~torch.isin(tokens, self.sides).any(1).numpy()  # "left" must stay true
-            share = rng.uniform(self.data.augment, 1, self.batch_size)[self.own]
-            images = crop_and_flip(images, border, corner, flip, share)
+            images = crop_and_flip(images, border, corner, flip)
         images = torch.from_numpy(images).to(self.device)
         return to_model(images), tokens[:, :longest].to(self.device)
 
 
-def crop_and_flip(images, border, corner, flip, share):
-    """images (B, 3, S, S) and a grey border, cropped at corner (B, 2), mirrored where flip (B,).
-
-    A crop keeps a share (B,) of the area S x S, and is then enlarged to it. Corners run from 0 to
-    2 * border, whatever the share: from the first place where the crop fits to the last.
-    """
+def crop_and_flip(images, border, corner, flip):
+    """images (B, 3, S, S) and a grey border, cropped at corner (B, 2), mirrored where flip (B,)."""
     S = images.shape[-1]
     sides = (border, border)
     padded = np.pad(images, ((0, 0), (0, 0), sides, sides), constant_values=128)
     changed = np.empty_like(images)
-    for i in range(len(images)):
-        side = round(S * share[i] ** 0.5)
-        top, left = corner[i] * (S + 2 * border - side) // (2 * border)
-        crop = padded[i, :, top:top + side, left:left + side]
-        if flip[i]:
-            crop = crop[..., ::-1]
-        changed[i] = crop if side == S else resize(crop[None], S)[0]
+    for i, (top, left) in enumerate(corner):
+        crop = padded[i, :, top:top + S, left:left + S]
+        changed[i] = crop[..., ::-1] if flip[i] else crop
     return changed
 
 
@@ -484,7 +475,7 @@ def cifar(name, data_dir, split, size, download):
         images = resize(images, size)
     classes = [text.replace("_", " ") for text in classes]
     captions = [[template.format(classes[label]) for template in TEMPLATES] for label in labels]
-    return Dataset(images, captions, labels, classes, TEMPLATES, augment=1)
+    return Dataset(images, captions, labels, classes, TEMPLATES, augment=True)
 
 
 def resize(images, size):
@@ -649,7 +640,7 @@ def captioned_images(texts, size, subset, name, source):
         raise UserError(f"{source}: {len(missing)} of the {len(paths)} images it names are not "
                         f"there, first {missing[0]}; get them or take them out of the file")
     images, kept = cached_images(paths, size, name)
-    return Dataset(images, [captions[paths[i]] for i in kept], augment=0.5)
+    return Dataset(images, [captions[paths[i]] for i in kept], augment=True)
 
 
 def read_text(path, what):

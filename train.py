@@ -60,8 +60,8 @@ PRESETS = {
     "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, sizes=dict(patch_size=8)),
     "cifar10": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
     "cifar100": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
-    "coco": dict(steps=1600, batch_size=128, lr=8e-4, sizes=dict(image_size=64, patch_size=8)),
-    "captions": dict(steps=1600, batch_size=128, lr=8e-4, sizes=dict(image_size=64, patch_size=8)),
+    "coco": dict(steps=1600, batch_size=128, lr=6e-4, sizes=dict(image_size=64, patch_size=8)),
+    "captions": dict(steps=1600, batch_size=128, lr=6e-4, sizes=dict(image_size=64, patch_size=8)),
 }
 PARTS = {  # what --train and --fresh name
     "encoder": ["encoder"],
@@ -206,7 +206,7 @@ def load_data(s, size, download, rank, world):
     data = load(s.data, s.data_dir, "train", subset=s.subset, download=fetch, **common)
     val = load(s.data, s.data_dir, "val", **common)
     if s.dedup:  # training shows mirror images too
-        data = without_duplicates(data, val, mirrored=bool(data.augment))
+        data = without_duplicates(data, val, mirrored=data.augment)
     if rank == 0 and world > 1:
         dist.barrier()
     return data, val

@@ -500,7 +500,7 @@ def test_unknown_words_are_unknown_and_names_of_special_tokens_are_not_special()
 
 
 def make_batches(count=24, batch_size=4, text="picture {}", images=None, text_len=8,
-                 augment=0, **how):
+                 augment=False, **how):
     """Images of one grey each, or `images`, with two captions each."""
     if images is None:
         images = np.full((count, 3, 16, 16), np.arange(count)[:, None, None, None], np.uint8)
@@ -527,7 +527,7 @@ def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
     assert len(orders) == 3
 
 
-@pytest.mark.parametrize("augment", [0, 0.5, 1])
+@pytest.mark.parametrize("augment", [False, True])
 def test_a_step_gives_the_same_batch_whatever_came_before_and_processes_their_rows(augment):
     used = make_batches(batch_size=9, augment=augment)
     before = [used(step) for step in range(4)]
@@ -564,26 +564,10 @@ def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_lef
         crop = padded[i, :, top:top + 16, left:left + 16]
         places[crop.tobytes()] = i, top, left, False
         places[crop[..., ::-1].tobytes()] = i, top, left, True
-    images = make_batches(30, 30, text, images=originals, augment=1)(0)[0]
+    images = make_batches(30, 30, text, images=originals, augment=True)(0)[0]
     which, top, left, mirrored = zip(*[places[image.tobytes()] for image in to_bytes(images)])
     assert len(set(which)) == 30 and set(top) == set(left) == set(range(5))
     assert 5 <= sum(mirrored) <= 25 if flips else not any(mirrored)
-
-
-def test_crops_keep_a_share_of_the_area_that_varies_and_are_enlarged_to_the_size():
-    ramps = np.zeros((200, 3, 64, 64), np.uint8)
-    ramps[:, 0] = 4 * np.arange(64)  # brighter to the right by 4 a pixel
-    ramps[:, 1] = 4 * np.arange(64)[:, None]  # and downwards
-    for least in (0.25, 0.5, 1):
-        images = to_bytes(make_batches(200, 200, images=ramps, augment=least)(0)[0]).astype(float)
-        middle = images[:, :2, 24:40, 24:40]  # no border reaches there
-        across = np.diff(middle[:, 0], axis=2).mean((1, 2)) / 4  # side of the crop / 64
-        down = np.diff(middle[:, 1], axis=1).mean((1, 2)) / 4
-        share = down ** 2
-        assert np.allclose(abs(across), down, atol=0.02)  # crops are squares
-        assert 50 < (across < 0).sum() < 150  # mirrored ones
-        assert abs(share.min() - least) < 0.04 and abs(share.max() - 1) < 0.04
-        assert abs(share.mean() - (1 + least) / 2) < 0.04
 
 
 def test_long_captions_are_cut_and_a_batch_larger_than_the_data_is_refused():

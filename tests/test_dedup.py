@@ -77,7 +77,7 @@ def test_grey_pictures_are_no_copies_and_many_copies_of_one_image_all_go():
 def test_duplicates_are_removed_with_their_captions_and_labels():
     evaluation = Dataset(pictures(0, 10), [["eval"]] * 10)
     images = np.concatenate([pictures(1, 4), evaluation.images[:3], pictures(2, 4)])
-    data = Dataset(images, [[str(i)] for i in range(11)], np.arange(11), augment=1)
+    data = Dataset(images, [[str(i)] for i in range(11)], np.arange(11), augment=True)
     left = without_duplicates(data, evaluation)
     assert left.labels.tolist() == [0, 1, 2, 3, 7, 8, 9, 10]
     assert left.captions == [[str(i)] for i in left.labels]

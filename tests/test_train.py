@@ -621,9 +621,9 @@ def test_a_new_encoder_starts_from_the_data_whitened_if_they_are_photographs():
     torch.manual_seed(1)
     source = CoCa(dataclasses.replace(SMALL, vocab_size=5))
     started = pytest.approx((0, 1), abs=0.1)
-    plain, *spread = start_of_patches(augment=0)
+    plain, *spread = start_of_patches(augment=False)
     assert spread == started
-    whitened, *spread = start_of_patches(augment=1)
+    whitened, *spread = start_of_patches(augment=True)
     assert spread == started and whitened.std() > 2 * plain.std()  # faint directions are louder
     assert start_of_patches(False, source, fresh=["encoder"])[1:] == started
     kept, *spread = start_of_patches(False, source)  # control: an encoder that is not new stays
