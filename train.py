@@ -55,7 +55,7 @@ from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_f
 # Settings
 
 # What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4 (Sec. 4.1), for
-# models a hundred times as large and 500,000 steps; the others were chosen on data set apart
+# models a hundred times as large and 500,000 steps; these were chosen on images kept apart
 PRESETS = {
     "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, sizes=dict(patch_size=8)),
     "cifar10": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
