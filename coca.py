@@ -592,8 +592,8 @@ class CoCa(nn.Module):
         in parts or on several processes by train.large_batch_backward.
         """
         c = self.config
-        image_embedding, text_embedding, cap = self.embed_and_caption(images, tokens)
         ids = number_captions(tokens)                                   # (B,)
+        image_embedding, text_embedding, cap = self.embed_and_caption(images, tokens)
         con = contrastive_loss(image_embedding, text_embedding, self.temperature, ids)
         return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
 

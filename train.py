@@ -56,12 +56,14 @@ from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_f
 
 # What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4 (Sec. 4.1), for
 # models a hundred times as large and 500,000 steps; these were chosen on images kept apart
+_CIFAR = dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6))
+_CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8))
 PRESETS = {
     "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, sizes=dict(patch_size=8)),
-    "cifar10": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
-    "cifar100": dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6)),
-    "coco": dict(steps=1600, batch_size=128, lr=6e-4, sizes=dict(image_size=64, patch_size=8)),
-    "captions": dict(steps=1600, batch_size=128, lr=6e-4, sizes=dict(image_size=64, patch_size=8)),
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "coco": _CAPTIONS,
+    "captions": _CAPTIONS,
 }
 PARTS = {  # what --train and --fresh name
     "encoder": ["encoder"],
@@ -189,11 +191,15 @@ def join_processes(device):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
+    if world > 1 and device == "cuda":
+        number = int(os.environ["LOCAL_RANK"])
+        if number >= torch.cuda.device_count():
+            raise UserError(f"no GPU is left for process {number} of this machine; "
+                            f"start {torch.cuda.device_count()} at most, or add --device cpu")
+        device = f"cuda:{number}"
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, device
 
 

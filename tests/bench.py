@@ -1,6 +1,7 @@
 """What measures rather than serves: speed, memory and growth, and how well copies are found.
 
     python tests/bench.py step --config bench-tiny bench-small   a training step, memory, captioning
+    python tests/bench.py step --config base --batch-size 256 --compile         the same on a GPU
     python tests/bench.py grow --config bench-tiny               a step of half and twice the sizes
     python tests/bench.py contrastive --pairs 4096 16384 --processes 1 2 4      Eq. (2), shared
     python tests/bench.py dedup --data cifar10 --data-dir DIR    planted copies: recall, precision
@@ -36,7 +37,7 @@ import train
 from coca import BEGIN, CONFIGS, END, PAD, CoCa
 from data import NAMES, UserError, load, near_duplicates, pillow, to_model
 from eval import pick_device
-from train import add_up, contrastive_backward, half_precision, make_optimizer
+from train import PARTS, add_up, contrastive_backward, half_precision, make_optimizer, prepare
 
 BATCH = {"bench-tiny": 64, "bench-small": 32, "tiny": 128}
 
@@ -66,9 +67,11 @@ def synthetic(config, batch, device):
     return images.to(device), tokens[:, :lengths.max()].to(device)
 
 
-def training_step(config, batch, device):
+def training_step(config, batch, device, grad_checkpoint=False, compiled=False):
     """-> a model, and a function that trains it one step."""
     model = CoCa(config).to(device)
+    prepare(model, argparse.Namespace(train=list(PARTS), grad_checkpoint=grad_checkpoint,
+                                      compile=compiled))
     optimizer, autocast = make_optimizer(model), half_precision(device)
     images, tokens = synthetic(config, batch, device)
 
@@ -100,25 +103,36 @@ def bytes_kept(config, batch, device, recompute):
     return sum(size for address, size in kept.items() if address not in weights)
 
 
-def bench_step(name, device):
-    config, batch = CONFIGS[name], BATCH.get(name, 64)
+def flops_an_image(config, device):
+    """Matrix products of a training step, attention written out: not all fused kernels are counted."""
+    _, step = training_step(config, 8, device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return counter.get_total_flops() / 8
+
+
+def bench_step(name, device, batch, grad_checkpoint, compiled):
+    config, batch = CONFIGS[name], batch or BATCH.get(name, 64)
     kind = torch.bfloat16 if half_precision(device)._enabled else torch.float32
     a, b = torch.randn(2, 4096, 4096, device=device, dtype=kind)
     product = torch.empty_like(a)
-    peak = 2 * 4096**3 / timed(lambda: torch.mm(a, b, out=product))
-    model, step = training_step(config, batch, device)
+    peak = 2 * 4096**3 / timed(lambda: torch.mm(a, b, out=product), 20)
+    flops = batch * flops_an_image(config, device)
+    model, step = training_step(config, batch, device, grad_checkpoint, compiled)
+    step()  # makes the optimizer's state
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = timed(step)
-    # The CPU's fused kernel is not counted, so attention is written out for this step
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    flops = counter.get_total_flops()
     print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, "
           f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({kind})")
     print(f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, "
           f"{flops / 1e9:,.1f} GFLOP of matrix products, {flops / seconds / peak:.0%} of peak")
-    plain, less = (bytes_kept(config, batch, device, recompute) / 2**20
-                   for recompute in (False, True))
-    print(f"  kept for backward {plain:,.0f} MiB, with --grad-checkpoint {less:,.0f} MiB")
+    if device == "cuda":
+        print(f"  memory at the most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    else:
+        plain, less = (bytes_kept(config, batch, device, recompute) / 2**20
+                       for recompute in (False, True))
+        print(f"  kept for backward {plain:,.0f} MiB, with --grad-checkpoint {less:,.0f} MiB")
     with torch.no_grad():
         model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
     for count in (1, 16, 64):
@@ -292,6 +306,9 @@ def main():
     p.add_argument("what", choices=["step", "grow", "contrastive", "dedup", "entropy"])
     p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"])
     p.add_argument("--device", default="auto")
+    p.add_argument("--batch-size", type=int, help="of step (default: see BATCH)")
+    p.add_argument("--grad-checkpoint", action="store_true", help="step as with train.py's flag")
+    p.add_argument("--compile", action="store_true", help="step as with train.py's flag")
     p.add_argument("--pairs", nargs="+", type=int, default=[4096])
     p.add_argument("--processes", nargs="+", type=int, default=[1])
     p.add_argument("--data", choices=NAMES, default="shapes")
@@ -307,8 +324,12 @@ def main():
     elif args.what == "entropy":
         bench_entropy(args.seeds)
     else:
+        device = pick_device(args.device)
         for name in args.config:
-            (bench_step if args.what == "step" else bench_growth)(name, pick_device(args.device))
+            if args.what == "step":
+                bench_step(name, device, args.batch_size, args.grad_checkpoint, args.compile)
+            else:
+                bench_growth(name, device)
 
 
 if __name__ == "__main__":
