@@ -135,7 +135,7 @@ def parse_args(argv):
     p.add_argument("--grad-checkpoint", action="store_true", default=None,
                    help="recompute activations in backward: less memory, same gradients")
     p.add_argument("--compile", action="store_true", default=None,
-                   help="torch.compile what training calls (worth it on GPUs)")
+                   help="torch.compile: worth its minute for large models on a GPU")
     args = p.parse_args(argv)
     if args.resume and not args.out:
         p.error("--resume needs --out, the folder of the run to go on with")

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import Bomb, fails, processes
+from helpers import Bomb, fails, processes, refused
 from PIL import Image
 
 import data as data_file
@@ -488,6 +488,20 @@ def test_torchrun_trains_as_one_process_does(tmp_path, monkeypatch):
     train.main([*own, "--seed", "1", "--out", str(tmp_path / "other")])
     with fails:  # control
         check_near(tmp_path / "other", tmp_path / "two", 1e-4)
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    started = []
+    for name, value in dict(RANK="2", WORLD_SIZE="3", LOCAL_RANK="2").items():
+        monkeypatch.setenv(name, value)  # as torchrun does
+    monkeypatch.setattr(train, "pick_device", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(train.dist, "init_process_group", started.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused("no GPU is left for process 2 .* start 2 at most", train.join_processes, "cuda")
+    assert train.join_processes("cpu") == (2, 3, "cpu") and started == ["gloo"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert train.join_processes("cuda") == (2, 3, "cuda:2") and started == ["gloo", "nccl"]
 
 
 @pytest.mark.parametrize("accum", ["--accum 1", "--accum 2"])
