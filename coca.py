@@ -524,8 +524,8 @@ class CoCa(nn.Module):
                 module.weight.div_(math.sqrt(2 * layers))
         for p in (self.unimodal.token.weight, self.unimodal.position, self.unimodal.cls):
             p.normal_(std=0.02)
-        # As strong as the patches' content: at 0.2 of this the poolers learned late where things
-        # are, and it took twice as many images until captions had the places right
+        # As strong as the patches' content: at 0.2 of this it took twice as many images until
+        # captions had the places of things right
         self.encoder.position.copy_(sinusoids_2d(c.image_size // c.patch_size, c.width))
 
     @property

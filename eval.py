@@ -334,7 +334,8 @@ FROZEN = Recipe(smoothing=0.2, weight_decay=0.01)
 FINETUNED = Recipe(encoder_lr=5e-4, smoothing=0.5, weight_decay=0.01, steps=400)
 VIDEO_FROZEN = Recipe(smoothing=0.1, warm_up=10, steps=300, batch=16)
 VIDEO_FINETUNED = Recipe(encoder_lr=5e-4, smoothing=0.1, warm_up=10, steps=300, batch=16)
-UNDERSTANDING = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=600)
+VQA = Recipe(encoder_lr=2e-5, weight_decay=0.1, warm_up=10, steps=600)
+SNLI_VE = Recipe(lr=1e-3, encoder_lr=5e-5, weight_decay=0.1, warm_up=10, steps=600)
 
 
 def image_tokens(model, images):
@@ -614,13 +615,13 @@ def understanding_task(context):
     grey = dataclasses.replace(asked, images=np.full_like(asked.images, 128))
     silent = dataclasses.replace(asked, captions=[[""]] * len(asked))
     chance = (1 / len(COLOURS) + 1 / 2 + 1 / 3) / 3  # of the three kinds of question
-    return {"questions": understand(context, asked, chance),
-            "questions, image hidden": understand(context, grey, chance),
-            "questions, text hidden": understand(context, silent, chance),
-            "entailment": understand(context, stated, 1 / 2)}
+    return {"questions": understand(context, asked, VQA, chance),
+            "questions, image hidden": understand(context, grey, VQA, chance),
+            "questions, text hidden": understand(context, silent, VQA, chance),
+            "entailment": understand(context, stated, SNLI_VE, 1 / 2)}
 
 
-def understand(context, data, chance, learned=3400):
+def understand(context, data, recipe, chance, learned=3400):
     """Learns from the first pairs of image and text, is tested on the others -> a row."""
     (images,), labels = tensors(data)
     texts = [text for text, in data.captions]
@@ -628,7 +629,7 @@ def understand(context, data, chance, learned=3400):
     train = (images[:learned], tokens[:learned]), labels[:learned]
     test = (images[learned:], tokens[learned:]), labels[learned:]
     classifier = context.classifier(data)
-    score = transfer(context.model, decoder_states, classifier, train, test, UNDERSTANDING,
+    score = transfer(context.model, decoder_states, classifier, train, test, recipe,
                      "understanding")
     return row(score, chance)
 
