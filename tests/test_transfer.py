@@ -257,7 +257,7 @@ def toy_checkpoint(words=WORDS, **changes):
 @pytest.fixture
 def tested(monkeypatch):
     """Tasks learn for two steps only -> the inputs and labels of every test, in order."""
-    for name in ("FROZEN", "FINETUNED", "VIDEO_FROZEN", "VIDEO_FINETUNED", "VQA", "SNLI_VE"):
+    for name in ("FROZEN", "FINETUNED", "VIDEO_FROZEN", "VIDEO_FINETUNED", "UNDERSTANDING"):
         short = dataclasses.replace(getattr(evaluation, name), steps=2)
         monkeypatch.setattr(evaluation, name, short)
     record = []
@@ -268,14 +268,6 @@ def tested(monkeypatch):
 
     monkeypatch.setattr(evaluation, "transfer", record_and_transfer)
     return record
-
-
-def test_each_task_of_understanding_learns_by_its_column_of_table_10(monkeypatch):
-    monkeypatch.setattr(evaluation, "understand", lambda context, data, recipe, chance: recipe)
-    found = evaluation.understanding_task(evaluation.Context(*toy_checkpoint()))
-    rates = {name: (recipe.lr, recipe.encoder_lr) for name, recipe in found.items()}
-    assert rates.pop("entailment") == (1e-3, 5e-5)  # SNLI-VE
-    assert set(rates.values()) == {(5e-4, 2e-5)}  # VQA
 
 
 def test_every_task_runs_and_names_its_chance(tested, capsys, tmp_path):
