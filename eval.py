@@ -693,7 +693,9 @@ def print_scores(scores, examples=1):
     if scores.get("unknown words"):
         print(f"{scores['unknown words']:.1%} of the words in the true captions are unknown")
     for pair in scores.get("captions", ())[:examples]:
-        print(f"  generated: {pair['generated']}\n       true: {pair['true'][0]}")
+        text = pair["generated"]
+        true = text if text in pair["true"] else pair["true"][0]  # scenes: in either order
+        print(f"  generated: {text}\n       true: {true}")
 
 
 def as_text(name, value):

@@ -270,6 +270,13 @@ def tested(monkeypatch):
     return record
 
 
+def test_an_example_stands_beside_the_true_caption_that_it_matches(capsys):
+    examples = [{"generated": text, "true": ["a and b", "b and a"]} for text in ("b and a", "c")]
+    print_scores({"data": "shapes", "captions": examples}, examples=2)
+    lines = capsys.readouterr().out.split("\n")[1:]
+    assert [line.split(": ")[1] for line in lines if line] == ["b and a", "b and a", "c", "a and b"]
+
+
 def test_every_task_runs_and_names_its_chance(tested, capsys, tmp_path):
     checkpoint = toy_checkpoint()
     scores = evaluate(*checkpoint, TASKS)
