@@ -213,6 +213,11 @@ def serve(monkeypatch, folder, members):
     return file
 
 
+unpacks = pytest.mark.skipif(not hasattr(tarfile, "data_filter"),
+                             reason="this Python cannot unpack safely, and data.fetch says so")
+
+
+@unpacks
 def test_an_archive_is_fetched_once_and_again_if_the_connection_breaks(tmp_path, monkeypatch):
     assert data.CIFAR["cifar10"]["url"].startswith("https://")
     folder = write_cifar(tmp_path / "source")
@@ -228,12 +233,20 @@ def test_an_archive_is_fetched_once_and_again_if_the_connection_breaks(tmp_path,
         file.unlink(missing_ok=True)  # once is enough
 
 
+@unpacks
 def test_an_archive_that_leads_outside_or_has_another_md5_is_refused(tmp_path, monkeypatch):
     serve(monkeypatch, tmp_path, {"../evil": b"x"})
     refused("could not be unpacked", load, "cifar10", tmp_path / "data", download=True)
     assert not (tmp_path / "evil").exists()
     monkeypatch.setitem(data.CIFAR["cifar10"], "md5", "0" * 32)
     refused("wrong md5", load, "cifar10", tmp_path / "data", download=True)
+
+
+def test_a_python_that_cannot_unpack_safely_does_not_unpack(tmp_path, monkeypatch):
+    serve(monkeypatch, tmp_path, {"a": b"x"})
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    refused("cannot unpack safely", load, "cifar10", tmp_path / "data", download=True)
+    assert [file.suffix for file in (tmp_path / "data").iterdir()] == [".gz"]
 
 
 # coco, captions
