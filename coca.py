@@ -449,7 +449,10 @@ def contrastive_loss(image_embedding, text_embedding, temperature, caption_ids=N
 
 
 def number_captions(tokens):
-    """tokens (N, L) -> (N,), equal numbers for equal captions. On the CPU: not every device can."""
+    """tokens (N, L) -> (N,), equal numbers for equal captions.
+
+    On the CPU, as not every device can: a GPU is waited for, so call it before the model.
+    """
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
 
