@@ -191,18 +191,19 @@ def join_processes(device):
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
-    if world == 1:
-        return rank, world, device
-    if device != "cuda":  # CPUs, or one GPU that all share: --device cuda:0
-        dist.init_process_group("gloo")
-        return rank, world, device
-    number = int(os.environ["LOCAL_RANK"])
-    if number >= torch.cuda.device_count():
-        raise UserError(f"no GPU is left for process {number} of this machine; start "
-                        f"{torch.cuda.device_count()} at most, or add --device cuda:0 to share one")
-    torch.cuda.set_device(number)
-    dist.init_process_group("nccl")
-    return rank, world, f"cuda:{number}"
+    backend = "gloo"  # CPUs, or one GPU that all share: --device cuda:0
+    if world > 1 and device == "cuda":
+        backend = "nccl"
+        number = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
+        if number >= count:
+            raise UserError(f"no GPU is left for process {number} of this machine; start {count} "
+                            "at most, or add --device cuda:0 to share one")
+        device = f"cuda:{number}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group(backend)
+    return rank, world, device
 
 
 def load_data(s, size, download, rank, world):
