@@ -2,10 +2,8 @@
 
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
-    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ... (or 2014)
+    load("coco", "DIR")           DIR/annotations/captions_train2014.json, DIR/train2014/, val2014 (or 2017)
     load("captions", "DIR")       DIR/captions.txt or a .csv: image,caption; images in DIR/Images or DIR
-
-    python data.py dedup --data cifar10 --data-dir DIR     near-copies of evaluation images in training
 
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
@@ -45,7 +43,7 @@ class UserError(Exception):
 
 def note(text):
     if os.environ.get("RANK", "0") == "0":  # several processes say it once
-        print(f"note: {text}", file=sys.stderr)
+        tqdm.write(f"note: {text}", file=sys.stderr)  # above a progress bar, not into it
 
 
 def pillow():
@@ -78,10 +76,11 @@ class Dataset:
     """Images with their texts. A caption never leaves its image, whatever the split."""
 
     images: np.ndarray  # (N, 3, S, S) uint8, in memory or memory-mapped
-    captions: list  # N lists of texts; one is drawn per epoch, all are used in evaluation
+    captions: list  # N lists of texts; training draws one of them, evaluation uses all
     labels: np.ndarray = None  # (N,) class of each image, where there are classes
     classes: list = field(default_factory=list)  # their names
     templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
+    names: list = field(default_factory=list)  # N file names, where images are files
     augment: bool = False  # crop and flip in training
 
     def __len__(self):
@@ -92,7 +91,14 @@ def select(data, rows):
     """Dataset of these images only."""
     captions = [data.captions[i] for i in rows]
     labels = None if data.labels is None else data.labels[rows]
-    return dataclasses.replace(data, images=data.images[rows], captions=captions, labels=labels)
+    return dataclasses.replace(data, images=data.images[rows], captions=captions, labels=labels,
+                               names=[data.names[i] for i in rows] if data.names else [])
+
+
+def fingerprint(data):
+    """What a run remembers of its data: how many images, and a hash of their names and captions."""
+    text = json.dumps([data.names, data.captions])
+    return f"{len(data)} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 NAMES = ["shapes", "cifar10", "cifar100", "coco", "captions"]
@@ -107,45 +113,49 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     seed: of generated scenes. val_from_train: keep that many training images apart, and let them
     stand for the evaluation images.
     """
-    if val_from_train and (split in ("train", "val") or name != "shapes"):
-        data = load(name, data_dir, "train", size, 0, seed, download)
-        if val_from_train >= len(data):
-            raise UserError(f"--val-from-train {val_from_train}, but there are {len(data)} images; "
-                            "ask for fewer")
-        order = np.random.default_rng(1).permutation(len(data))
-        if split not in ("train", "labelled"):
-            return select(data, np.sort(order[:val_from_train]))
-        rest = np.sort(order[val_from_train:])
-        return select(data, take(rest, subset if split == "train" else 0, data_dir or name))
+    if name == "shapes" and not (val_from_train and split in ("train", "val")):
+        return shapes(split, size, seed, subset)
+    learned_from = split in ("train", "labelled")
+    part = "train" if learned_from or val_from_train else "val"  # where the images are
     if name == "shapes":
-        return shapes(split, size, subset, seed)
+        data = shapes(part, size, seed)
+        return select(data, pick(len(data), split, subset, val_from_train))
     if not data_dir:
         raise UserError(f"--data {name} needs --data-dir, the folder of its files")
     data_dir = Path(data_dir)
-    if split != "train":
-        subset = 0
     if name in CIFAR:
-        file_split = "train" if split in ("train", "labelled") else "val"
-        data = cifar(name, data_dir, file_split, size, download)
-        return select(data, take(np.arange(len(data)), subset, data_dir)) if subset else data
+        data = cifar(name, data_dir, part, size, download)
+        return select(data, pick(len(data), split, subset, val_from_train))
     if download:
         raise UserError(f"--download fetches CIFAR only; get {name} yourself, and give "
                         "its folder as --data-dir")
     if not os.path.isdir(data_dir):
         raise UserError(f"{data_dir}: no such folder; --data-dir must hold your {name} data")
-    if name == "coco":
-        return coco(data_dir, split, size, subset)
-    return captions_file(data_dir, split, size, subset)
-
-
-def take(items, subset, source):
-    """The same `subset` of the items every time (0 = all), in order."""
-    if subset > len(items):
-        raise UserError(f"{source}: --subset {subset}, but there are {len(items)}; ask for fewer")
-    if not len(items):
+    read = coco if name == "coco" else captions_file
+    captions, source = read(data_dir, part)  # {path: [caption, ...]}
+    if not captions:
         raise UserError(f"{source}: no images with captions; check the file")
-    order = np.random.default_rng(0).permutation(len(items))
-    return [items[i] for i in np.sort(order[:subset or None])]
+    paths = sorted(captions)
+    paths = [paths[i] for i in pick(len(paths), split, subset, val_from_train)]
+    return captioned_images(paths, captions, size, f"{name}-{part}", source, data_dir)
+
+
+def pick(count, split, subset, val_from_train):
+    """Which of `count` images a split has, the same every time, in order."""
+    rows = np.arange(count)
+    if val_from_train >= count:
+        raise UserError(f"--val-from-train {val_from_train}, but there are {count} images; "
+                        "ask for fewer")
+    if val_from_train:
+        order = np.random.default_rng(1).permutation(count)
+        learned_from = split in ("train", "labelled")
+        rows = np.sort(order[val_from_train:] if learned_from else order[:val_from_train])
+    if subset and split == "train":
+        if subset > len(rows):
+            raise UserError(f"--subset {subset}, but there are {len(rows)} images; ask for fewer")
+        order = np.random.default_rng(0).permutation(len(rows))
+        rows = rows[np.sort(order[:subset])]
+    return rows
 
 
 CHARACTERS = map(chr, range(0x300, 0xFE30))
@@ -216,8 +226,8 @@ def to_model(images):
 class Batches:
     """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L).
 
-    Every epoch has its own order and its own caption of each image; the last, short batch is
-    dropped. A batch depends on its number alone: nothing to replay on resume.
+    Every epoch has its own order; the last, short batch is dropped. Each batch draws anew which of
+    its captions an image has. It depends on its number alone: nothing to replay on resume.
     own: which rows of each batch, where processes share it.
     """
 
@@ -286,7 +296,7 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 250),
            "orange": (245, 140, 30), "cyan": (60, 215, 230)}
 
 
-def cross(x, y, r):
+def plus(x, y, r):
     upright = np.maximum(3 * abs(x), abs(y))
     lying = np.maximum(abs(x), 3 * abs(y))
     return np.minimum(upright, lying)
@@ -297,7 +307,7 @@ SHAPES = {  # below the radius r = inside; x to the right, y downwards, from the
     "square": lambda x, y, r: 1.15 * np.maximum(abs(x), abs(y)),
     "triangle": lambda x, y, r: np.maximum(1.2 * y, 1.2 * abs(x) - 0.65 * y + 0.25 * r),
     "bar": lambda x, y, r: np.maximum(abs(x), 2.5 * abs(y)),
-    "cross": cross,
+    "cross": plus,
     "ring": lambda x, y, r: 3.2 * abs(np.hypot(x, y) - 0.7 * r),
 }
 RADII = {"small": 0.15, "large": 0.22}  # in image sides
@@ -357,13 +367,13 @@ def draw(things, rng, size):
     return (image + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def describe(things):
+def captions_of(things):
     """All captions of a scene: its things in any order, each with its place."""
     phrases = [f"{thing} at the {thing.corner()}" for thing in things]
     return [" and ".join(order) for order in permutations(phrases)]
 
 
-def shapes(split, size, subset, seed):
+def shapes(split, size, seed, subset=0):
     counts = {"train": subset or 10_000, "val": 500, "zeroshot": 600,
               "labelled": 3000, "labelled-val": 1000}
     images = []
@@ -372,7 +382,7 @@ def shapes(split, size, subset, seed):
     for i in tqdm(range(counts[split]), f"drawing {split} scenes", leave=False):
         things, rng = scene(seed, split, i)
         images.append(draw(things, rng, size))
-        captions.append(describe(things))
+        captions.append(captions_of(things))
         labels.append(PAIRS.index((things[0].colour, things[0].shape)))
     data = Dataset(np.stack(images), captions)
     if split not in ("train", "val"):
@@ -385,7 +395,8 @@ def shapes(split, size, subset, seed):
 # ------------------------------------------------------------------------------------------------
 # cifar10, cifar100
 
-TEMPLATES = [  # labels become text by prompts, as JFT's do (Sec. 4.1); CLIP uses these for CIFAR
+TEMPLATES = [  # labels become text by prompts, as JFT's do (Sec. 4.1): eight of
+    # CLIP's eighteen for CIFAR
     "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.",
     "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
     "a photo of a big {}.", "a photo of the {}."]
@@ -623,24 +634,30 @@ def decode_to(file, paths, size, name):
     return kept
 
 
-def captioned_images(texts, size, subset, name, source):
-    """texts: {path: [caption, ...]} -> Dataset. source: the file that named the paths."""
-    captions = {}
-    empty = 0
-    for path, found in texts.items():
-        real = [text for text in found if text.strip()]
-        empty += len(found) - len(real)
-        if real:
-            captions[path] = real
-    if empty:
-        note(f"{source}: {empty} empty captions skipped")
-    paths = take(sorted(captions), subset, source)
+def captioned_images(paths, captions, size, name, source, data_dir):
+    """captions: {path: [caption, ...]} -> Dataset of these paths. source: the file that names them."""
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(f"{source}: {len(missing)} of the {len(paths)} images it names are not "
                         f"there, first {missing[0]}; get them or take them out of the file")
     images, kept = cached_images(paths, size, name)
-    return Dataset(images, [captions[paths[i]] for i in kept], augment=True)
+    paths = [paths[i] for i in kept]
+    return Dataset(images, [captions[path] for path in paths], augment=True,
+                   names=[os.path.relpath(path, data_dir) for path in paths])
+
+
+def without_empty(captions, source):
+    """{path: [caption, ...]} without captions of blanks, and without images that have no other."""
+    empty = 0
+    kept = {}
+    for path, texts in captions.items():
+        real = [text for text in texts if text.strip()]
+        empty += len(texts) - len(real)
+        if real:
+            kept[path] = real
+    if empty:
+        note(f"{source}: {empty} empty captions skipped")
+    return kept
 
 
 def read_text(path, what):
@@ -652,7 +669,8 @@ def read_text(path, what):
         raise UserError(f"{path}: cannot be read as UTF-8 text ({e}); {what}") from None
 
 
-def coco(data_dir, split, size, subset):
+def coco(data_dir, split):
+    """-> {path: [caption, ...]}, the file they are from."""
     for year in ("2014", "2017"):
         annotations = data_dir / "annotations" / f"captions_{split}{year}.json"
         if annotations.exists():
@@ -671,10 +689,11 @@ def coco(data_dir, split, size, subset):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); "
                         "unpack it again") from None
-    return captioned_images(texts, size, subset, f"coco-{split}", annotations)
+    return without_empty(texts, annotations), annotations
 
 
-def captions_file(data_dir, split, size, subset):
+def captions_file(data_dir, split):
+    """-> {path: [caption, ...]}, the file they are from."""
     tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
     table = next((path for path in tables if path.exists()), tables[0])
     text = read_text(table, "--data-dir must hold captions.txt or a .csv: image,caption")
@@ -697,188 +716,22 @@ def captions_file(data_dir, split, size, subset):
             folder = data_dir / name
     unseen = held_out(texts)
     own = {folder / name: texts[name] for name in texts if (name in unseen) == (split == "val")}
-    return captioned_images(own, size, subset, f"captions-{split}", table)
+    return without_empty(own, table), table
 
 
 def held_out(names):
-    """About one name in ten, by a hash of it, for evaluation: adding files moves none across."""
+    """About one name in ten, by a hash of it, for evaluation. Adding files moves none across, but
+    for the first that is chosen where there was none (one name at least is).
+    """
     digest = {name: hashlib.sha256(name.encode()).digest() for name in names}
     chosen = {name for name in names if digest[name][0] < 26}
     return chosen or {min(names, key=digest.get, default=None)}
 
 
 # ------------------------------------------------------------------------------------------------
-# Videos: generated clips, and your own
-
-
-def moving_shapes(split, size, count, seed=0, frames=16):
-    """Generated clips of one thing that moves to the right or to the left within its corner.
-
-    -> two Datasets of the same images (count, frames, 3, size, size): labelled by colour and shape,
-    which any frame shows, and by direction, which no set of frames shows without their order.
-    """
-    clips = []
-    texts = []
-    pair = []
-    direction = []
-    for i in tqdm(range(count), "drawing clips", leave=False):
-        (thing,), rng = scene(seed, split, i)
-        to_the_right = rng.integers(2)
-        path = np.linspace(-0.12, 0.12, frames) * (1 if to_the_right else -1)
-        clips.append(np.stack([draw([thing._replace(x=thing.x + dx)], rng, size) for dx in path]))
-        texts.append(describe([thing]))
-        pair.append(PAIRS.index((thing.colour, thing.shape)))
-        direction.append(to_the_right)
-    clips = np.stack(clips)
-    return (Dataset(clips, texts, np.array(pair), [f"{colour} {shape}" for colour, shape in PAIRS]),
-            Dataset(clips, texts, np.array(direction), ["to the left", "to the right"]))
-
-
-def sample_frames(count, frames):
-    """Indices of that many of `count` frames, evenly from first to last; fewer are repeated."""
-    return np.linspace(0, count - 1, frames).round().astype(int)
-
-
-def visible(folder):
-    """What is in a folder, but for hidden files."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def by_number(path):
-    """Sort key: frame2 comes before frame10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def read_clip(path, size, frames):
-    """A folder of frames or a .npy of (count, height, width, 3) uint8 -> (frames, 3, size, size)."""
-    if path.is_dir():
-        files = sorted(visible(path), key=by_number)
-        if not files:
-            raise UserError(f"{path}: a clip without frames; put images into it or remove it")
-        return np.stack([read_image(files[i], size) for i in sample_frames(len(files), frames)])
-    if path.suffix != ".npy":
-        raise UserError(f"{path}: a clip is a folder of frames or a .npy array; "
-                        "take a video apart first, for example with ffmpeg")
-    try:
-        clip = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
-    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not clip.size:
-        raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 "
-                        "(count, height, width, 3)")
-    return resize(clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2), size)
-
-
-def own_clips(data_dir, size, frames):
-    """Clips in a folder per class -> training and evaluation Datasets, images (N, frames, ...)."""
-    root = Path(data_dir)
-    folders = [path for path in visible(root) if path.is_dir()] if os.path.isdir(root) else []
-    paths = []
-    labels = []
-    for label, folder in enumerate(folders):
-        found = visible(folder)
-        paths += found
-        labels += [label] * len(found)
-    if len(folders) < 2 or not paths:
-        raise UserError(f"{data_dir}: {len(folders)} classes and {len(paths)} clips; "
-                        "give a folder with a folder of clips for each class")
-    clips = [read_clip(path, size, frames) for path in tqdm(paths, "reading clips", leave=False)]
-    names = [path.relative_to(root).as_posix() for path in paths]
-    unseen = held_out(names)
-    held = np.array([name in unseen for name in names])
-    classes = [folder.name for folder in folders]
-    data = Dataset(np.stack(clips), [[]] * len(paths), np.array(labels), classes)
-    return select(data, np.flatnonzero(~held)), select(data, np.flatnonzero(held))
-
-
-# ------------------------------------------------------------------------------------------------
-# Understanding: questions about scenes, and captions that hold or do not
-
-ANSWERS = ["no", "yes", "0", "1", "2", *COLOURS]
-
-
-def colour_question(left, right, rng):
-    if rng.integers(2):
-        return f"what colour is the shape left of the {right.shape}", left.colour
-    return f"what colour is the shape right of the {left.shape}", right.colour
-
-
-def presence_question(left, right, rng):
-    """Asks for a colour that is there, in half of the questions with a shape that lacks it."""
-    there = [(left.colour, left.shape), (right.colour, right.shape)]
-    pairs = [pair for pair in PAIRS if pair[0] in (left.colour, right.colour)]
-    present = rng.integers(2)
-    pairs = [pair for pair in pairs if (pair in there) == present]
-    colour, shape = pairs[rng.integers(len(pairs))]
-    return f"is there a {colour} {shape}", ANSWERS[present]
-
-
-def count_question(left, right, rng):
-    there = [left.shape, right.shape]
-    absent = [shape for shape in SHAPES if shape not in there]
-    shape = rng.choice(there if rng.random() < 2 / 3 else absent)
-    return f"how many {shape}", str(there.count(shape))
-
-
-def questions(size, count, seed=0):
-    """Scenes of two things side by side, with three kinds of questions in turn; labels: answers.
-
-    For each kind all answers are equally likely, and scenes are alike for all kinds: without the
-    image nothing beats chance, and without the question not even that can be reached.
-    """
-    images = []
-    texts = []
-    answers = []
-    for i in tqdm(range(count), "drawing questions", leave=False):
-        rng = np.random.default_rng([seed, len(SPLITS), i])
-        left, right = place(rng, [0, 1] if rng.integers(2) else [2, 3])
-        shape, other = rng.permutation(list(SHAPES))[:2]
-        left = left._replace(shape=shape)
-        right = right._replace(shape=shape if rng.integers(2) else other)
-        ask = (colour_question, presence_question, count_question)[i % 3]
-        text, answer = ask(left, right, rng)
-        images.append(draw([left, right], rng, size))
-        texts.append([text])
-        answers.append(ANSWERS.index(answer))
-    return Dataset(np.stack(images), texts, np.array(answers), ANSWERS)
-
-
-def entailment(size, count, seed=0):
-    """Scenes of two things with a caption that holds (label 1) or has one property wrong (0)."""
-    images = []
-    texts = []
-    labels = []
-    for i in tqdm(range(count), "drawing captions", leave=False):
-        rng = np.random.default_rng([seed, len(SPLITS) + 1, i])
-        things = place(rng, rng.permutation(4)[:2])
-        true = describe(things)
-        text = true[0]
-        holds = rng.integers(2)
-        while not holds and text in true:
-            text = describe(spoil(things, rng))[0]
-        images.append(draw(things, rng, size))
-        texts.append([text])
-        labels.append(holds)
-    return Dataset(np.stack(images), texts, np.array(labels), ["does not hold", "holds"])
-
-
-def spoil(things, rng):
-    """The things, one of them with another size, colour, shape or place."""
-    changed = list(things)
-    k = rng.integers(len(things))
-    other = place(rng, [rng.integers(4)])[0]
-    name = rng.choice(["size", "colour", "shape", "place"])
-    if name == "place":
-        changed[k] = changed[k]._replace(x=other.x, y=other.y)
-    else:
-        changed[k] = changed[k]._replace(**{name: getattr(other, name)})
-    return changed
-
-
-# ------------------------------------------------------------------------------------------------
 # De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
 
-THRESHOLD = 0.955  # of the cosine of two thumbnails; python tests/bench.py dedup shows why
+THRESHOLD = 0.955  # of the cosine of two thumbnails; python -m experiments.bench dedup shows why
 
 
 def thumbnails(images):
@@ -939,50 +792,3 @@ def without_duplicates(data, evaluation, mirrored=False):
     if not len(kept):
         raise UserError("all training images are near-duplicates of evaluation images")
     return select(data, kept)
-
-
-def contact_sheet(left, right):
-    """Images (n, 3, S, S), twice -> a Pillow image, a pair a line, three times as large."""
-    pairs = np.concatenate([left, right], 3).transpose(0, 2, 3, 1)      # (n, S, 2 S, 3)
-    sheet = pillow().fromarray(np.concatenate(list(pairs)))
-    return sheet.resize((3 * sheet.width, 3 * sheet.height))
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description="near-duplicates of evaluation images (Sec. 4.1)",
-                                usage="python data.py dedup --data NAME --data-dir DIR [options]")
-    p.add_argument("command", choices=["dedup"])
-    p.add_argument("--data", choices=NAMES, default="shapes")
-    p.add_argument("--data-dir")
-    p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
-    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
-    p.add_argument("--threshold", type=float, default=THRESHOLD,
-                   help=f"least cosine of thumbnails (default: {THRESHOLD})")
-    p.add_argument("--show", metavar="FILE.png", type=new_file,
-                   help="draw the 24 nearest pairs there: training image, evaluation image")
-    args = p.parse_args(argv)
-    if args.size < 1:
-        p.error(f"--size must be at least 1, not {args.size}")
-    data = load(args.data, args.data_dir, "train", args.size)
-    evaluation = load(args.data, args.data_dir, "val", args.size)
-    nearest, similarity, copied = near_duplicates(data.images, evaluation.images, args.threshold,
-                                                  args.mirrored)
-    print(f"{(nearest >= 0).sum():,} of {len(data):,} training images are near-duplicates "
-          f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
-    top = similarity.argsort(kind="stable")[::-1][:24]
-    top = top[nearest[top] >= 0]
-    for i in top[:10]:
-        print(f"{similarity[i]:.3f}  train {i}: {data.captions[i][0]}"
-              f"  |  evaluation {nearest[i]}: {evaluation.captions[nearest[i]][0]}")
-    if args.show and len(top):
-        try:
-            contact_sheet(data.images[top], evaluation.images[nearest[top]]).save(args.show)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{args.show}: cannot be written ({e}); give another --show") from None
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")

@@ -11,14 +11,18 @@
     python train.py --out runs/shapes --resume                         go on after a stop
     python train.py --batch-size 1024 --accum 16                       1,024 in the memory of 64
     torchrun --nproc_per_node=2 train.py                               a batch over two processes
+    python train.py --data cifar10 --help                              all settings, for CIFAR-10
 """
 import argparse
-import dataclasses
+import contextlib
+import itertools
 import math
 import os
+import shlex
 import signal
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -33,242 +37,160 @@ from coca import (
     PAD,
     UNKNOWN,
     CoCa,
-    contrast,
+    CoCaConfig,
+    caption_ids,
+    contrastive_loss,
     count_parameters,
-    number_captions,
-    resize_positions,
 )
 from data import (
     NAMES,
     Batches,
-    Dataset,
     Tokenizer,
     UserError,
+    fingerprint,
     load,
     note,
     to_model,
     without_duplicates,
 )
-from eval import evaluate, load_checkpoint, pick_device, print_scores, replace_file, save_checkpoint
+from eval import FORMAT, evaluate, load_checkpoint, pick_device
 
 # ------------------------------------------------------------------------------------------------
 # Settings
 
-# What the data change; sizes: of the tiny model. The paper's learning rate is 8e-4 (Sec. 4.1), for
-# models a hundred times as large and 500,000 steps; these were chosen on images kept apart
-_CIFAR = dict(steps=6250, batch_size=32, lr=2.5e-4, sizes=dict(encoder_layers=6))
-_CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, sizes=dict(image_size=64, patch_size=8))
+# What the data change. The paper's learning rate is 8e-4 (Sec. 4.1), for models a hundred times as
+# large and 500,000 steps. Those of shapes, cifar10 and captions were chosen on training images kept
+# apart (--val-from-train); cifar100 and coco take them over.
+CIFAR = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
+CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
 PRESETS = {
-    "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, sizes=dict(patch_size=8)),
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "coco": _CAPTIONS,
-    "captions": _CAPTIONS,
+    "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, patch_size=8),
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "coco": CAPTIONS,
+    "captions": CAPTIONS,
 }
 PARTS = {  # what --train and --fresh name
     "encoder": ["encoder"],
     "poolers": ["generative_pooler", "contrastive_pooler"],
     "decoder": ["unimodal", "multimodal"],
 }
-# Flags that are fields of CoCaConfig
-SIZES = ["lambda_con", "lambda_cap", "pooler", "n_query", "encoder_layers", "image_size"]
-DEFAULTS = dict(data="shapes", data_dir=None, subset=0, val_from_train=0, dedup=False,
-                config="tiny", init=None, fresh=[], train=list(PARTS), seed=0,
-                accum=1, grad_checkpoint=False, compile=False)
-MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]  # on --resume: the result is the same
+# On --resume: these change the result by rounding at most
+MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile", "save_every"]
+NOT_KEPT = ["help", "out", "resume", "device", "download"]
 
 
-def at_least(low, kind):
-    """For argparse: a number that is not below `low`."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
+def parse_args(argv=None):
+    """-> settings and, with --resume or --init, what load_checkpoint gives.
 
-
-def parse_args(argv):
-    """What is not given is None: choose_settings fills it in."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                usage="python train.py [options]")
-    count = at_least(0, int)
-    amount = at_least(0, float)
-    p.add_argument("--data", choices=NAMES, help="what to train on (default: shapes)")
-    p.add_argument("--data-dir", help="folder of the data")
-    p.add_argument("--subset", type=count, help="that many training images, 0 = all (default)")
-    p.add_argument("--val-from-train", type=count, metavar="N",
-                   help="tuning: evaluate on N training images, kept apart (default: 0)")
-    p.add_argument("--dedup", action="store_true", default=None,
-                   help="leave out near-duplicates of evaluation images, Sec. 4.1")
-    p.add_argument("--config", choices=CONFIGS, help="size, Table 1 (default: tiny)")
-    p.add_argument("--steps", type=at_least(1, int), help="training steps (default: see PRESETS)")
-    p.add_argument("--batch-size", type=at_least(2, int),
-                   help="images a step: N of Eq. (2) (default: see PRESETS)")
-    p.add_argument("--lr", type=amount, help="peak learning rate (default: see PRESETS)")
-    p.add_argument("--lambda-con", type=amount,
-                   help="weight of the contrastive loss in Eq. (4) (default: 1, or --init's)")
-    p.add_argument("--lambda-cap", type=amount,
-                   help="weight of the captioning loss in Eq. (4) (default: 2, or --init's)")
-    p.add_argument("--pooler", choices=["cascade", "parallel"],
-                   help="Table 8f (default: cascade, or --init's)")
-    p.add_argument("--n-query", type=count,
-                   help="queries of the generative pooler, 0 = the decoder reads all image tokens")
-    p.add_argument("--encoder-layers", type=count, help="0 = no encoder, patches go straight on")
-    p.add_argument("--image-size", type=at_least(1, int), help="pixels a side")
-    p.add_argument("--init", help="start from this checkpoint's sizes, vocabulary and weights; "
-                                  "positions are interpolated to --image-size")
-    p.add_argument("--fresh", nargs="+", choices=PARTS,
-                   help="parts not from --init; a fresh decoder learns a new vocabulary too")
-    p.add_argument("--train", nargs="+", choices=PARTS,
-                   help="parts that learn (default: all), beside the temperature")
-    p.add_argument("--seed", type=count, help="of weights, order and scenes (default: 0)")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first of them)")
-    p.add_argument("--out", help="folder for checkpoint and metrics (default: a new runs/DATA)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--download", action="store_true", help="fetch CIFAR into --data-dir first")
-    p.add_argument("--save-every", type=at_least(1, int), default=500,
-                   help="steps between checkpoints at most (default: 500)")
-    p.add_argument("--accum", type=at_least(1, int),
-                   help="compute each batch in that many parts, same gradients (default: 1)")
-    p.add_argument("--grad-checkpoint", action="store_true", default=None,
-                   help="recompute activations in backward: less memory, same gradients")
-    p.add_argument("--compile", action="store_true", default=None,
-                   help="torch.compile: worth its minute for large models on a GPU")
-    args = p.parse_args(argv)
-    if args.resume and not args.out:
-        p.error("--resume needs --out, the folder of the run to go on with")
-    if args.fresh and not args.init:
-        p.error("--fresh needs --init, the checkpoint that gives the other parts")
-    if args.config and args.init:
-        p.error("--init brings its own sizes; leave --config out")
-    if not args.init and not args.resume:
-        try:
-            make_config(choose_settings(args))
-        except ValueError as e:
-            p.error(str(e))
-    return args
-
-
-def choose_settings(args, saved=None):
-    """What makes a run: flags over PRESETS over DEFAULTS; on --resume what was saved, and flags
-    for MAY_CHANGE only. Sizes that no flag gives are settled in make_config.
+    What no flag says comes from the checkpoint; else from --config; else from PRESETS for the data
+    or, where they say nothing, from the tiny configuration and the defaults here.
     """
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    for name in ("data_dir", "init"):
-        if name in given:
-            given[name] = str(Path(given[name]).resolve())
-    if saved is None:
-        settings = {**DEFAULTS, **PRESETS[args.data or DEFAULTS["data"]], **dict.fromkeys(SIZES)}
-        settings.pop("sizes")
-    else:
-        settings = dict(saved)
-    for name in settings.keys() & given.keys():
-        if saved and settings[name] != given[name] and name not in MAY_CHANGE:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{args.out}/checkpoint.pt was made with {flag} {settings[name]}; "
-                            f"leave {flag} out, or start anew from it: --init {args.out}/checkpoint.pt")
-        settings[name] = given[name]
-    return settings
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage="python train.py [options]", add_help=False,
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = p.add_argument
+    flag("--help", "-h", action="store_true", help="these lines, with the defaults that apply")
+    flag("--data", choices=NAMES, default="shapes", help="what to train on")
+    flag("--data-dir", type=os.path.abspath, help="folder of the data")
+    flag("--download", action="store_true", help="fetch CIFAR into --data-dir first")
+    flag("--subset", type=at_least(0), default=0, help="that many training images, 0 = all")
+    flag("--val-from-train", type=at_least(0), default=0, metavar="N",
+         help="tuning: evaluate on N training images, kept apart")
+    flag("--dedup", action="store_true", help="leave out near-copies of evaluation images, Sec. 4.1")
+    flag("--config", choices=CONFIGS, help="sizes of Table 1 instead of the data's")
+    flag("--init", type=os.path.abspath, help="start from this checkpoint's sizes, vocabulary and "
+         "weights; positions are interpolated to --image-size")
+    flag("--fresh", nargs="+", choices=PARTS, default=[],
+         help="parts not from --init; a fresh decoder learns a new vocabulary too")
+    flag("--train", nargs="+", choices=PARTS, default=list(PARTS),
+         help="parts that learn, beside the temperature")
+    flag("--steps", type=at_least(1), help="training steps")
+    flag("--batch-size", type=at_least(2), help="images a step: N of Eq. (2)")
+    flag("--lr", type=at_least(0, float), help="peak learning rate")
+    flag("--lambda-con", type=at_least(0, float), help="weight of Eq. (2) in Eq. (4)")
+    flag("--lambda-cap", type=at_least(0, float), help="weight of Eq. (3) in Eq. (4)")
+    flag("--pooler", choices=["cascade", "parallel"], help="Table 8f")
+    flag("--n-query", type=at_least(0),
+         help="queries of the generative pooler, 0 = the decoder reads all image tokens")
+    flag("--n-uni", type=at_least(1), help="unimodal decoder layers, Table 8d")
+    flag("--n-multi", type=at_least(1), help="multimodal decoder layers, Table 8d")
+    flag("--encoder-layers", type=at_least(0), help="0 = no encoder, patches go straight on")
+    flag("--image-size", type=at_least(1), help="pixels a side")
+    flag("--seed", type=at_least(0), default=0, help="of weights, order and scenes")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
+    flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
+    flag("--resume", action="store_true", help="go on with the run in --out")
+    flag("--save-every", type=at_least(1, float), default=30, metavar="SECONDS",
+         help="between checkpoints; longer if saving would take over 5 %% of the time")
+    flag("--accum", type=at_least(1), default=1,
+         help="compute each batch in that many parts, same gradients")
+    flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
+         help="recompute activations in backward: less memory, same gradients")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
+         help="torch.compile: worth its minute for large models on a GPU")
 
-
-def make_config(settings, source=None):
-    """Sizes of the model: those of the source, else of --config, but for what is given."""
-    config = source.config if source else CONFIGS[settings["config"]]
-    if not source and settings["config"] == "tiny":
-        config = dataclasses.replace(config, **PRESETS[settings["data"]]["sizes"])
-    given = {name: settings[name] for name in SIZES if settings[name] is not None}
-    return dataclasses.replace(config, **given)
+    given = p.parse_args(argv)
+    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None)
+    p.set_defaults(**PRESETS[given.data])
+    if given.config:
+        p.set_defaults(**asdict(CONFIGS[given.config]))
+    if given.help:
+        p.print_help()
+        sys.exit()
+    check_flags(p, given)
+    source = None
+    if given.resume:
+        source = load_checkpoint(Path(given.out) / "checkpoint.pt")
+        p.set_defaults(**source[2]["config"])
+        p.set_defaults(**source[2]["settings"])
+    elif given.init:
+        source = load_checkpoint(given.init)
+        p.set_defaults(**source[2]["config"])
+    s = p.parse_args(argv)
+    check_settings(p, s, source)
+    return s, source
 
 
 # ------------------------------------------------------------------------------------------------
-# What a run is made of
+# The loop
 
 
-def join_processes(device):
-    """-> rank, number of processes (torchrun sets both), device of this one."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(device)
-    backend = "gloo"  # CPUs, or one GPU that all share: --device cuda:0
-    if world > 1 and device == "cuda":
-        backend = "nccl"
-        number = int(os.environ["LOCAL_RANK"])
-        count = torch.cuda.device_count()
-        if number >= count:
-            raise UserError(f"no GPU is left for process {number} of this machine; start {count} "
-                            "at most, or add --device cuda:0 to share one")
-        device = f"cuda:{number}"
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group(backend)
-    return rank, world, device
+def train(model, optimizer, batches, s, start=0, rank=0, world=1):
+    """Trains from step `start` to the last. Yields (step, L_Con, L_Cap) between backward and the
+    optimizer's step, where the weights have just given finite losses: the moment to save them.
+    """
+    autocast = half_precision(s.device)
+    for step in range(start, s.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, s.lr, s.steps)
+        images, tokens = batches(step)
+        optimizer.zero_grad()
+        if world == 1 and s.accum == 1:
+            with autocast:
+                loss, con, cap = model.losses(images, tokens)           # Eqs. (4), (2), (3)
+            loss.backward()
+        else:
+            con, cap = large_batch_backward(model, images, tokens, s.accum, rank, world, autocast)
+        norm = clip_grad_norm_(model.parameters(), 1.0)  # Tables 9, 10; not stated for pretraining
+        con, cap, norm = torch.stack([con, cap, norm]).tolist()
+        if not math.isfinite(con + cap + norm):
+            raise UserError(f"step {step + 1}: loss_con is {con}, loss_cap {cap}, the gradient's norm "
+                            f"{norm}; try a smaller --lr (what is saved is from before)")
+        yield step, con, cap
+        optimizer.step()
+        with torch.no_grad():
+            model.log_temperature.clamp_(math.log(0.01), 0.0)  # CLIP's bound below; at most 1
 
 
-def load_data(s, size, download, rank, world):
-    """-> training and validation Dataset."""
-    if rank > 0:
-        dist.barrier()  # the first process decodes images, the others then read what it has kept
-    common = dict(size=size, seed=s.seed, val_from_train=s.val_from_train)
-    fetch = download and rank == 0
-    data = load(s.data, s.data_dir, "train", subset=s.subset, download=fetch, **common)
-    val = load(s.data, s.data_dir, "val", **common)
-    if s.dedup:  # training shows mirror images too
-        data = without_duplicates(data, val, mirrored=data.augment)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return data, val
-
-
-def part_of(name):
-    """Name of a parameter -> its part, None for the temperature, which always learns."""
-    for part, modules in PARTS.items():
-        if name.split(".")[0] in modules:
-            return part
-    return None
-
-
-def new_model(config, s, data, source=None, vocabulary=None):
-    """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
-    tokenizer = vocabulary
-    if vocabulary is None or "decoder" in s.fresh:
-        texts = [text for captions in data.captions for text in captions]
-        tokenizer = Tokenizer.learn(texts, max(config.vocab_size, CONFIGS["tiny"].vocab_size))
-    torch.manual_seed(s.seed)
-    model = CoCa(dataclasses.replace(config, vocab_size=len(tokenizer)))
-    if source is None or "encoder" in s.fresh:
-        some = to_model(torch.tensor(data.images[:256]))
-        model.encoder.standardise(some, whitening=0.5 if data.augment else 0)  # 0.5: photographs
-    if source is None:
-        return model, tokenizer
-    weights = {name: p for name, p in source.state_dict().items() if part_of(name) not in s.fresh}
-    wanted = model.state_dict()
-    if "encoder.position" in weights:
-        grid = math.isqrt(len(wanted["encoder.position"]))
-        weights["encoder.position"] = resize_positions(weights["encoder.position"], grid)
-    for name in {**wanted, **weights}:
-        fits = name in wanted and name in weights and wanted[name].shape == weights[name].shape
-        if part_of(name) not in s.fresh and not fits:
-            raise UserError(f"--init: its {name} does not fit the sizes asked for; "
-                            f"leave the sizes out, or add --fresh {part_of(name)}")
-    model.load_state_dict(weights, strict=False)
-    return model, tokenizer
-
-
-def prepare(model, s):
-    """What --train, --grad-checkpoint and --compile ask for."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(part_of(name) in [*s.train, None])
-    if s.grad_checkpoint:
-        model.recompute_activations()
-    if s.compile:
-        for name in ("losses", "embed_and_caption", "encode_image", "encode_text"):
-            setattr(model, name, torch.compile(getattr(model, name)))
+# ------------------------------------------------------------------------------------------------
+# The recipe of Sec. 4.1
 
 
 def make_optimizer(model):
-    """AdamW with the paper's betas and weight decay (its Adafactor only keeps less per weight)."""
+    """AdamW with the paper's betas and weight decay. Its Adafactor stores less for each weight, and
+    scales steps in its own way; AdamW is what most readers know.
+    """
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.dim() > 1]
     vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
@@ -277,7 +199,7 @@ def make_optimizer(model):
 
 
 def learning_rate(step, peak, steps):
-    """Linear warm-up over the first 2 % of the steps, then linear decay (to what is not stated)."""
+    """Linear warm-up over the first 2 % of the steps, then linear decay to 0 (not stated to what)."""
     warm_up = max(1, round(0.02 * steps))
     return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
@@ -290,93 +212,345 @@ def half_precision(device):
 
 
 # ------------------------------------------------------------------------------------------------
+# A run: what it is made of, and what it leaves behind
+
+
+def main(argv=None):
+    s, source = parse_args(argv)
+    rank, world = join_processes(s)
+    with run_folder(s, rank):
+        data, val = load_data(s, rank)
+        if s.resume:
+            model, tokenizer, checkpoint = source
+        else:
+            model, tokenizer = new_model(s, data, source)
+        del source  # of --init: its optimizer's state is as large as two models
+        prepare(model.to(s.device), s)
+        optimizer = make_optimizer(model)
+        rows = []  # of metrics, one a step
+        if s.resume:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            rows = checkpoint["metrics"].tolist()
+        n = s.batch_size // world
+        own = slice(rank * n, rank * n + n)  # of each batch, this process's share
+        batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed, own, s.device)
+        if rank == 0:
+            describe(s, model, batches)
+        stopped = run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world)
+        if rank == 0:
+            go_on = f"python train.py --out {shlex.quote(s.out)} --resume"
+            if stopped:
+                print(f"\nstopped after step {len(rows)}, saved; go on with: {go_on}")
+                sys.exit(128 + stopped[0])
+            print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
+                  f"{rows[-1][SECONDS]:.0f} s of training on {s.device}")
+            evaluate(model, tokenizer, vars(s))
+            print(f"saved: {s.out}/checkpoint.pt, {s.out}/metrics.csv")
+            if s.lambda_cap:
+                print(f"next:  python eval.py {shlex.quote(s.out)}/checkpoint.pt --image YOUR.jpg")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
+    """Runs the loop, fills rows, shows and saves -> the signals that asked to stop, if any."""
+    began = time.time() - (rows[-1][SECONDS] if rows else 0)
+    saved = -math.inf  # when
+    saving = 0.0  # how long it took
+    validated = {}  # what the bar shows of the last save
+    bar = tqdm(total=s.steps, initial=len(rows), desc="training", disable=rank > 0)
+    with noted_signals(world) as asked, bar:
+        for step, con, cap in train(model, optimizer, batches, s, len(rows), rank, world):
+            due = time.time() - saved > max(s.save_every, 20 * saving)  # at most 5 % of the time
+            if rank == 0 and (asked or due):
+                saving = save(s, model, tokenizer, optimizer, val, rows)
+                saved = time.time()
+                if rows:
+                    val_con, val_cap = rows[-1][-2:]
+                    validated = dict(val_con=f"{val_con:.3f}", val_cap=f"{val_cap:.3f}")
+            if asked:
+                return asked
+            total = s.lambda_con * con + s.lambda_cap * cap
+            rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total,
+                         learning_rate(step, s.lr, s.steps), model.temperature.item(),
+                         time.time() - began, math.nan, math.nan])
+            bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", **validated, refresh=False)
+            bar.update()
+        if rank == 0:
+            save(s, model, tokenizer, optimizer, val, rows)
+        return asked
+
+
+def check_flags(p, given):
+    """What is wrong with the flags alone, before anything is read."""
+    if given.resume and not given.out:
+        p.error("--resume needs --out, the folder of the run to go on with")
+    if given.fresh and not (given.init or given.resume):
+        p.error("--fresh needs --init, the checkpoint that gives the other parts")
+    if given.config and given.init:
+        p.error("--init brings its own sizes; leave --config out")
+
+
+def check_settings(p, s, source):
+    """What is wrong with the settings as a whole, before the data are read."""
+    if s.resume:
+        for name, saved in source[2]["settings"].items():
+            if getattr(s, name) != saved and name not in MAY_CHANGE:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{s.out}/checkpoint.pt was made with {flag} {saved}; leave {flag} "
+                                f"out, or start anew from it: --init {s.out}/checkpoint.pt")
+    try:
+        config_of(s)
+    except ValueError as e:
+        p.error(str(e))
+
+
+def at_least(low, kind=int):
+    """For argparse: a number that is not below `low`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def config_of(s):
+    return CoCaConfig(**{field.name: getattr(s, field.name) for field in fields(CoCaConfig)})
+
+
+def join_processes(s):
+    """-> rank, number of processes (torchrun sets both); s.device becomes that of this one."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    n = s.batch_size // world
+    if n * world != s.batch_size or n < s.accum:
+        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {world} equal shares of "
+                        f"--accum {s.accum} parts")
+    s.device = pick_device(s.device)
+    backend = "gloo"  # CPUs, or one GPU that all share: --device cuda:0
+    if world > 1 and s.device == "cuda":
+        backend = "nccl"
+        number = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
+        if number >= count:
+            raise UserError(f"no GPU is left for process {number} of this machine; start {count} "
+                            "at most, or add --device cuda:0 to share one")
+        s.device = f"cuda:{number}"
+        torch.cuda.set_device(s.device)
+    if world > 1:
+        dist.init_process_group(backend)
+    return rank, world
+
+
+def load_data(s, rank):
+    """-> training and validation Dataset; UserError if a resumed run learned from others. The first
+    process decodes pictures, the others then read what it has kept.
+    """
+    if rank > 0:
+        dist.barrier()
+    common = dict(size=s.image_size, seed=s.seed, val_from_train=s.val_from_train)
+    fetch = s.download and rank == 0
+    data = load(s.data, s.data_dir, "train", subset=s.subset, download=fetch, **common)
+    val = load(s.data, s.data_dir, "val", **common)
+    if s.dedup:  # augmented images are shown mirrored, too
+        data = without_duplicates(data, val, mirrored=data.augment)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    found = fingerprint(data)
+    if s.fingerprint not in (None, found):
+        raise UserError(f"the data are not those that {s.out} learned from (other images, names or "
+                        "captions); put them back, or start anew from it: "
+                        f"--init {s.out}/checkpoint.pt")
+    s.fingerprint = found
+    return data, val
+
+
+def prepare(model, s):
+    """What --train, --grad-checkpoint and --compile ask for."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(part_of(name) in [*s.train, None])
+    if s.grad_checkpoint:
+        model.recompute_activations()
+    if s.compile:
+        for name in ("forward", "encode_image", "encode_text"):  # all that training calls
+            setattr(model, name, torch.compile(getattr(model, name)))
+
+
+def describe(s, model, batches):
+    """What is trained and, of a new model, what to expect of it."""
+    print(" ".join(f"{name}={value}" for name, value in vars(s).items() if name != "help"))
+    decoder = count_parameters(model.unimodal, model.multimodal)
+    poolers = count_parameters(model.contrastive_pooler)
+    if model.generative_pooler is not None:
+        poolers += count_parameters(model.generative_pooler)
+    print(f"{len(batches.data):,} images, {s.vocab_size:,} words; millions of parameters: encoder "
+          f"{count_parameters(model.encoder):.2f}, poolers {poolers:.2f}, decoder {decoder:.2f}")
+    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
+    if unknown > 0.1:
+        note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
+    if s.resume or s.init:
+        return
+    if s.lambda_con:
+        print(f"at step 0 expect a contrastive loss of about 2 ln {s.batch_size} = "
+              f"{2 * math.log(s.batch_size):.2f} (less if captions repeat)")
+    if s.lambda_cap:
+        print(f"at step 0 expect a captioning loss of about ln {s.vocab_size} + 1/2 = "
+              f"{math.log(s.vocab_size) + 0.5:.2f}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Models from data and from other models; Sec. 4.1's second phase at more pixels
+
+
+def part_of(name):
+    """Name of a parameter -> its part, None for the temperature, which always learns."""
+    for part, modules in PARTS.items():
+        if name.split(".")[0] in modules:
+            return part
+    return None
+
+
+def new_model(s, data, source=None):
+    """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
+    if source is None or "decoder" in s.fresh:
+        size = max(s.vocab_size, CONFIGS["tiny"].vocab_size)
+        tokenizer = Tokenizer.learn(itertools.chain(*data.captions), size)
+    else:
+        tokenizer = source[1]
+    s.vocab_size = len(tokenizer)
+    torch.manual_seed(s.seed)
+    model = CoCa(config_of(s))
+    if source is None or "encoder" in s.fresh:
+        some = to_model(torch.tensor(data.images[:256]))
+        whiten_patches(model.encoder.patches, some, 0.0 if s.data == "shapes" else 0.5)
+    if source is None:
+        return model, tokenizer
+    weights = source[0].state_dict()
+    wanted = model.state_dict()
+    weights["encoder.position"] = resize_positions(weights["encoder.position"],
+                                                   wanted["encoder.position"])
+    for name in {**wanted, **weights}:
+        fits = name in wanted and name in weights and wanted[name].shape == weights[name].shape
+        if part_of(name) not in s.fresh and not fits:
+            raise UserError(f"--init: its {name} does not fit the sizes asked for; "
+                            f"leave the sizes out, or add --fresh {part_of(name)}")
+    for name in weights:
+        if part_of(name) not in s.fresh:
+            wanted[name].copy_(weights[name])
+    return model, tokenizer
+
+
+def resize_positions(position, wanted):
+    """Learned positions (P, D) interpolated to the grid of the wanted (P', D): 576 pixels after 288."""
+    side = math.isqrt(len(position))
+    grid = math.isqrt(len(wanted))
+    square = position.T.unflatten(1, (side, side))                      # (D, side, side)
+    return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
+
+
+@torch.no_grad()
+def whiten_patches(layer, images, whitening):
+    """Sets a patch embedding: centred and of spread 1 on these images (n, 3, S, S).
+
+    whitening: each direction in which patches vary is scaled by spread^-whitening. 0 keeps the
+    picture as it is; 1 makes all directions equally loud, noise too (as ConvNets do that learn
+    CIFAR in seconds: Jordan 2024, arXiv 2404.00498). In photographs neighbouring pixels are
+    nearly equal, so brightness outweighs edges and texture by far, and an encoder has to learn
+    first that these matter: half of whitening helps. In scenes most directions are noise.
+    """
+    weight = layer.weight.flatten(1)                                    # (D, 3 * patch^2)
+    patches = F.unfold(images, layer.stride, stride=layer.stride)       # (n, 3 * patch^2, P)
+    patches = patches.transpose(1, 2).flatten(0, 1)                     # (n * P, 3 * patch^2)
+    variance, directions = torch.linalg.eigh(patches.T.cov())
+    variance = variance.clamp(min=0) + 1e-5  # (blank images: no division by 0)
+    scale = variance ** (-whitening / 2)
+    scale = scale / (variance * scale**2).mean().sqrt()  # embeddings of spread 1
+    weight = weight @ (directions * scale) @ directions.T               # (D, 3 * patch^2)
+    layer.weight.copy_(weight.view_as(layer.weight))
+    layer.bias.copy_(-weight @ patches.mean(0))
+
+
+# ------------------------------------------------------------------------------------------------
 # One batch in several parts, on one or many processes: the paper's N is 65,536
 
 BLOCK = 2**25  # similarities in one tensor at most: 128 MiB of float32
 
 
-def gather(rows, first, N):
-    """rows (n, ...) of this process, from number `first` of N on -> of all processes (N, ...)."""
-    whole = rows.new_zeros(N, *rows.shape[1:])
-    whole[first:first + len(rows)] = rows
-    if len(rows) < N:
-        dist.all_reduce(whole)
-    return whole
-
-
-def contrastive_backward(model, x, y, ids, local):
-    """Eq. (2) for the rows `local`: their images against all texts, their texts against all images.
-
-    Adds its weighted gradient to x and y (N, E) and the temperature -> these rows' share of the
-    loss. By blocks of rows, each of whose graphs is gone before the next: no tensor holds more
-    than BLOCK similarities, and a process's work goes with N x N / processes.
-    """
-    N = len(x)
-    loss = torch.zeros((), device=x.device)
-    for rows in torch.arange(N, device=x.device)[local].split(max(1, BLOCK // N)):
-        positives = ids[rows, None] == ids                              # (rows, N)
-        image_to_text = contrast(x[rows], y, model.temperature, positives)
-        text_to_image = contrast(y[rows], x, model.temperature, positives)
-        share = (image_to_text + text_to_image) * len(rows) / N  # contrast is a mean over rows
-        (model.config.lambda_con * share).backward()
-        loss = loss + share.detach()
-    return loss
-
-
-def large_batch_backward(model, images, tokens, accum, shares, rank, autocast):
+def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
     """Leaves the gradient of Eq. (4) for the batch of *all* processes in the parameters.
 
-    images, tokens: this process's rows; shares: how many rows each process has; accum: parts to
-    compute its rows in -> loss_con, loss_cap. The contrastive loss compares every image with every
-    text of the batch, so it is no mean over parts of it, and adding up the parts' own losses would
-    be wrong. Instead (gradient caching, Gao et al. 2021):
+    images, tokens: this process's n rows of N; accum: parts to compute them in -> loss_con,
+    loss_cap. The contrastive loss compares every image with every text of the batch, so it is no
+    mean over parts of it, and adding up the parts' own losses would be wrong. Instead (gradient
+    caching, Gao et al. 2021):
 
       1. embed all parts without keeping graphs, and gather the embeddings of all processes;
       2. each process takes Eq. (2) for its own rows, which gives the temperature's gradient and,
-         added up over processes, the gradient g of each embedding;
-      3. run each part again, with its graph, and go backward from sum(embedding * g): the chain
-         rule; a part's captioning loss counts by its share of all target tokens;
+         added up over processes, the gradient of each embedding;
+      3. run each part again, with its graph, and go backward from sum(embedding * gradient): the
+         chain rule; a part's captioning loss counts by its share of all target tokens;
       4. add up the gradients of all processes.
 
     This is exact as long as a part's second run gives what its first gave: nothing in the model is
-    random. With dropout it would not be.
+    random. With dropout it would not be. It costs a second run of the encoder and of the lower
+    half of the decoder; a process with one part keeps the graph of its first run instead.
     """
     config = model.config
-    N = sum(shares)
-    first = sum(shares[:rank])
-    rows = math.ceil(len(images) / accum)
-    parts = list(zip(images.split(rows), tokens.split(rows)))
+    n = len(images)
+    N = n * world
+    size = math.ceil(n / accum)
+    parts = list(zip(images.split(size), tokens.split(size)))
+    keep = len(parts) == 1
 
     # 1. Embeddings
-    with torch.no_grad(), autocast:
-        x = torch.cat([model.encode_image(image) for image, _ in parts])  # (n, E)
-        y = torch.cat([model.encode_text(text) for _, text in parts])   # (n, E)
-    x = gather(x, first, N)                                             # (N, E)
-    y = gather(y, first, N)                                             # (N, E)
+    with torch.set_grad_enabled(keep), autocast:
+        if keep:
+            first = [model(images, tokens)]
+        else:
+            first = [(model.encode_image(image), model.encode_text(text)) for image, text in parts]
+    x = gather(torch.cat([part[0] for part in first]).detach(), world)  # (N, E)
+    y = gather(torch.cat([part[1] for part in first]).detach(), world)  # (N, E)
     padded = F.pad(tokens, (0, config.text_len - tokens.shape[1]))      # (n, text_len)
-    ids = number_captions(gather(padded, first, N))                     # (N,)
+    ids = caption_ids(gather(padded, world))                            # (N,)
 
-    # 2. Their gradients
-    local = slice(first, first + len(images))
-    con = contrastive_backward(model, x.requires_grad_(), y.requires_grad_(), ids, local)
+    # 2. Their gradients, by blocks of rows, each of whose graphs is gone before the next
+    x.requires_grad_()
+    y.requires_grad_()
+    con = torch.zeros((), device=x.device)
+    own = torch.arange(rank * n, rank * n + n, device=x.device)
+    for rows in own.split(max(1, BLOCK // N)):
+        share = contrastive_loss(x, y, model.temperature, ids, rows) * len(rows) / N
+        (config.lambda_con * share).backward()
+        con += share.detach()
     targets = (tokens[:, 1:] != PAD).sum()
-    add_up([x.grad, y.grad, con, targets], len(shares))
-    dx = x.grad[local].split(rows)
-    dy = y.grad[local].split(rows)
+    add_up([x.grad, y.grad, con, targets], world)
+    dx = x.grad[own].split(size)
+    dy = y.grad[own].split(size)
 
     # 3. Into the model
     cap = torch.zeros_like(con)
     for (image, text), dx_part, dy_part in zip(parts, dx, dy):
         with autocast:
-            image_embedding, text_embedding, share = model.embed_and_caption(image, text)
+            x_part, y_part, share = first[0] if keep else model(image, text)
         share = share * (text[:, 1:] != PAD).sum() / targets
-        sent = (image_embedding * dx_part).sum() + (text_embedding * dy_part).sum()
+        sent = (x_part * dx_part).sum() + (y_part * dy_part).sum()
         (sent + config.lambda_cap * share).backward()
         cap += share.detach()
 
     # 4. Over all processes
-    add_up([cap, *(p.grad for p in model.parameters() if p.grad is not None)], len(shares))
+    add_up([cap, *(p.grad for p in model.parameters() if p.grad is not None)], world)
     return con, cap
+
+
+def gather(rows, world):
+    """rows (n, ...) of this process -> of all processes (world * n, ...)."""
+    if world == 1:
+        return rows
+    whole = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(whole, rows.contiguous())
+    return torch.cat(whole)
 
 
 def add_up(tensors, world):
@@ -387,280 +561,132 @@ def add_up(tensors, world):
 
 
 # ------------------------------------------------------------------------------------------------
-# Nothing lost
+# Files
 
 METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds",
            "val_con", "val_cap"]
+SECONDS = METRICS.index("seconds")
 
 
-def claim(out, data):
-    """Makes the folder of a new run: --out, or the first free of runs/DATA, runs/DATA-2, ..."""
+@contextlib.contextmanager
+def run_folder(s, rank):
+    """A new run's folder: s.out, which must be new or empty, or else the first free of runs/DATA,
+    runs/DATA-2, ... If the run fails before its first checkpoint, what was made goes away again.
+    """
+    if s.resume or rank > 0:
+        yield
+        return
+    made = not (s.out and os.path.exists(s.out))
+    try:
+        s.out = s.out or free_folder(s.data)
+        folder = Path(s.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(0, "it is not empty")
+        open(folder / "metrics.csv", "x").close()  # only one of two runs can make it
+    except OSError as e:
+        raise UserError(f"{s.out}: no place for a new run ({e.strerror}); give another --out, or "
+                        "--resume the run that is there") from None
+    try:
+        yield
+    finally:
+        if not (folder / "checkpoint.pt").exists():
+            (folder / "metrics.csv").unlink()
+            if made:
+                folder.rmdir()
+
+
+def free_folder(data):
     number = 1
     while True:
-        folder = Path(out or f"runs/{data}" + f"-{number}" * (number > 1))
+        folder = Path(f"runs/{data}" + f"-{number}" * (number > 1))
         try:
-            folder.mkdir(parents=True, exist_ok=bool(out))  # only one of two runs can make it
-            return folder
-        except OSError as e:
-            if out or not isinstance(e, FileExistsError):
-                raise UserError(f"{folder}: cannot be made ({e}); give another --out") from None
+            folder.mkdir(parents=True)  # only one of two runs can make it
+            return str(folder)
+        except FileExistsError:
             number += 1
 
 
-def lock(folder):
-    """A file that one process can hold; the system frees it when that process ends, however."""
+@contextlib.contextmanager
+def noted_signals(world):
+    """Yields a list that gets the first Ctrl-C or SIGTERM. A second one acts as usual, and so does
+    the first on several processes: there the last save counts.
+    """
+    asked = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note_it(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    for number in before if world == 1 else ():
+        signal.signal(number, note_it)
     try:
-        file = open(folder / "lock", "w")
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        raise UserError(f"{folder}: in use by another run, or not writable ({e}); "
-                        "wait, or give another --out") from None
-    return file
-
-
-def check_free(out):
-    if os.path.exists(Path(out) / "checkpoint.pt"):
-        raise UserError(f"{out} holds a run already; add --resume to go on with it, "
-                        "or give another --out")
-
-
-@dataclasses.dataclass
-class Run:
-    """A run, and what is kept of it in the folder `out`."""
-
-    out: Path
-    settings: dict
-    model: CoCa
-    tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
-    val: Dataset
-    device: str
-    rows: list  # one of METRICS a step
-    saved: float = -math.inf  # when
-    saving: float = 0.0  # how long it took
-
-    @torch.no_grad()
-    def validate(self):
-        """Both losses on at most 500 validation images and their first captions, in batches."""
-        n = min(500, len(self.val))
-        size = min(self.settings["batch_size"], n)
-        con = 0.0
-        cap = 0.0
-        batches = n // size
-        for i in range(0, batches * size, size):
-            images = to_model(torch.tensor(self.val.images[i:i + size]).to(self.device))
-            texts = [captions[0] for captions in self.val.captions[i:i + size]]
-            tokens = self.tokenizer.encode(texts, self.model.config.text_len).to(self.device)
-            with half_precision(self.device):
-                loss = self.model.losses(images, tokens)
-            con += loss.con.item() / batches
-            cap += loss.cap.item() / batches
-        return con, cap
-
-    def save(self):
-        """Validates, then writes checkpoint.pt, and metrics.csv anew from the rows in it.
-
-        Losses that are not finite: UserError, and nothing is written. If a stop falls between the
-        two files, --resume makes metrics.csv again.
-        """
-        began = time.time()
-        if self.rows:
-            val_con, val_cap = self.validate()
-            self.check_finite("validation", val_con=val_con, val_cap=val_cap)
-            self.rows[-1][-2:] = val_con, val_cap
-        metrics = torch.tensor(self.rows, dtype=torch.float64).reshape(-1, len(METRICS))
-        save_checkpoint(self.out / "checkpoint.pt", self.model, self.tokenizer,
-                        settings=self.settings, step=len(self.rows), metrics_names=METRICS,
-                        metrics=metrics, optimizer=self.optimizer.state_dict())
-        lines = [",".join(METRICS)]
-        for row in self.rows:
-            lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
-        text = "\n".join([*lines, ""])
-        replace_file(self.out / "metrics.csv", lambda f: f.write(text.encode()))
-        self.saved = time.time()
-        self.saving = self.saved - began
-
-    def overdue(self):
-        """Some 30 seconds after the last time, but at most 5 % of the time goes into saving."""
-        return time.time() - self.saved > max(30, 20 * self.saving)
-
-    def check_finite(self, when, **values):
-        for name, value in values.items():
-            if not math.isfinite(value):
-                last = ""
-                if self.rows and self.out:  # only the first process knows the folder
-                    last = f"; {self.out}/checkpoint.pt is the last good one"
-                raise UserError(f"{when}: {name} is {value}{last}, try a smaller --lr")
-
-
-class Stop:
-    """Ctrl-C and SIGTERM let the step in hand finish; a second one ends at once."""
-
-    def __init__(self):
-        self.signal = 0
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def release(self):
-        for number, handler in self.before.items():
+        yield asked
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def asked(self, world, device):
-        """The signal that any process got, 0 = none: all stop after the same step."""
-        if world == 1:
-            return self.signal
-        number = torch.tensor(self.signal, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
+
+def save(s, model, tokenizer, optimizer, val, rows):
+    """Validates, then writes checkpoint.pt, and metrics.csv from the rows in it -> seconds it took.
+
+    If a stop falls between the two files, the next save makes metrics.csv again. UserError, and
+    nothing is written, if the validation losses are not finite.
+    """
+    began = time.time()
+    if rows:
+        rows[-1][-2:] = validate(s, model, tokenizer, val)
+        if not all(map(math.isfinite, rows[-1])):
+            raise UserError(f"step {len(rows)}: validation losses {rows[-1][-2:]}; try a smaller --lr "
+                            "(what is saved is from before)")
+    settings = {name: value for name, value in vars(s).items() if name not in NOT_KEPT}
+    metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(METRICS))
+    checkpoint = dict(format=FORMAT, config=asdict(model.config), vocabulary=tokenizer.words,
+                      settings=settings, model=model.state_dict(),
+                      optimizer=optimizer.state_dict(), step=len(rows), metrics_names=METRICS,
+                      metrics=metrics)
+    replace_file(Path(s.out) / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
+    lines = [",".join(METRICS)]
+    for row in rows:
+        lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
+    text = "\n".join([*lines, ""])
+    replace_file(Path(s.out) / "metrics.csv", lambda f: f.write(text.encode()))
+    return time.time() - began
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
+@torch.no_grad()
+def validate(s, model, tokenizer, val):
+    """Both losses on at most 500 validation images and their first captions, in batches (a last,
+    short one is left out: Eq. (2) depends on the size).
+    """
+    size = min(s.batch_size, 500, len(val))
+    batches = min(500, len(val)) // size
+    total = torch.zeros(2)
+    for i in range(0, batches * size, size):
+        images = to_model(torch.tensor(val.images[i:i + size]).to(s.device))
+        texts = [captions[0] for captions in val.captions[i:i + size]]
+        tokens = tokenizer.encode(texts, s.text_len).to(s.device)
+        with half_precision(s.device):
+            loss = model.losses(images, tokens)
+        total += torch.stack([loss.con, loss.cap]).cpu() / batches
+    return total.tolist()
 
 
-def train(run, batches, save_every, shares, rank):
-    """Trains from step len(run.rows) to the last."""
-    s = argparse.Namespace(**run.settings)
-    model = run.model
-    optimizer = run.optimizer
-    world = len(shares)
-    autocast = half_precision(run.device)
-    start = len(run.rows)
-    validated = {}  # what the bar shows of the last validation
-    stop = Stop()
-    began = time.time() - (run.rows[-1][METRICS.index("seconds")] if start else 0)
-    bar = tqdm(range(start, s.steps), "training", s.steps, initial=start, disable=rank > 0)
-    for step in bar:
-        lr = learning_rate(step, s.lr, s.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        images, tokens = batches(step)
-        optimizer.zero_grad()
-        if world == 1 and s.accum == 1:
-            with autocast:
-                loss = model.losses(images, tokens)
-            loss.total.backward()
-            con = loss.con
-            cap = loss.cap
-        else:
-            con, cap = large_batch_backward(model, images, tokens, s.accum, shares, rank, autocast)
-        norm = clip_grad_norm_(model.parameters(), 1.0)  # Tables 9, 10; not stated for pretraining
-        con, cap, norm, temperature = torch.stack([con, cap, norm, model.temperature]).tolist()
-        run.check_finite(f"step {step + 1}", loss_con=con, loss_cap=cap, gradient_norm=norm)
-        stopped = stop.asked(world, run.device)
-        if rank == 0 and (stopped or step % save_every == 0 or run.overdue()):
-            run.save()  # here, where these weights have just given finite losses
-            if run.rows:
-                val_con, val_cap = run.rows[-1][-2:]
-                validated = dict(val_con=f"{val_con:.3f}", val_cap=f"{val_cap:.3f}")
-        if stopped:
-            end(run, stopped, f"step {step}", rank)
-        optimizer.step()
-        total = s.lambda_con * con + s.lambda_cap * cap
-        run.rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total, lr, temperature,
-                         time.time() - began, math.nan, math.nan])
-        bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", **validated, refresh=False)
-    if rank == 0:
-        run.save()
-    stop.release()
-    if stop.signal:
-        end(run, stop.signal, "the last step", rank)
-
-
-def end(run, number, when, rank):
-    if rank == 0:
-        print(f"\nstopped by {signal.Signals(number).name} after {when}, saved; "
-              f"go on with: python train.py --out {run.out} --resume")
-    sys.exit(128 + number)
-
-
-def describe(run, data, world):
-    """What is trained, and what to expect of it."""
-    facts = {**run.settings, "device": run.device, "out": run.out, "processes": world}
-    print(" ".join(f"{name}={value}" for name, value in facts.items()))
-    model = run.model
-    N = run.settings["batch_size"]
-    V = len(run.tokenizer)
-    encoder = count_parameters(model.encoder)
-    decoder = count_parameters(model.unimodal, model.multimodal)
-    poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
-    print(f"{len(data):,} images, {V:,} words; millions of parameters: encoder {encoder:.2f}, "
-          f"poolers {poolers:.2f}, decoder {decoder:.2f}")
-    print(f"losses to expect at step 0: contrastive about 2 ln {N} = {2 * math.log(N):.2f} (less if "
-          f"captions repeat), captioning about ln {V} + 1/2 = {math.log(V) + 0.5:.2f}")
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = join_processes(args.device)
-    source = vocabulary = None
-    if args.resume:
-        out = Path(args.out)
-        if rank == 0 and os.path.isdir(out):  # before anything is read: it could still change
-            held = lock(out)
-        model, tokenizer, checkpoint = load_checkpoint(out / "checkpoint.pt", device)
-        settings = choose_settings(args, checkpoint["settings"])
-        config = model.config
-    else:
-        if args.out:
-            check_free(args.out)
-        settings = choose_settings(args)
-        if settings["init"]:
-            source, vocabulary, _ = load_checkpoint(settings["init"], device)
-        try:
-            config = make_config(settings, source)
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        settings.update({name: getattr(config, name) for name in SIZES})  # what applies in the end
-    s = argparse.Namespace(**settings)
-    if s.batch_size < s.accum * world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {s.accum} parts for each "
-                        f"of {world} processes; make it larger")
-    data, val = load_data(s, config.image_size, args.download, rank, world)
-    if not args.resume:
-        model, tokenizer = new_model(config, s, data, source, vocabulary)
-    prepare(model.to(device), s)
-    optimizer = make_optimizer(model)
-    rows = []
-    shares = [s.batch_size // world + (r < s.batch_size % world) for r in range(world)]
-    own = slice(sum(shares[:rank]), sum(shares[:rank + 1]))  # of every batch
-    batches = Batches(data, tokenizer, config.text_len, s.batch_size, s.seed, own, device)
-    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
-    if unknown > 0.1:
-        note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
-    if args.resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        rows = checkpoint["metrics"].tolist()
-    elif rank == 0:
-        out = claim(args.out, s.data)
-        held = lock(out)  # noqa: F841 - held until this process ends
-        check_free(out)
-    else:
-        out = args.out
-    run = Run(out, settings, model, tokenizer, optimizer, val, device, rows)
-    if rank == 0:
-        describe(run, data, world)
-    train(run, batches, args.save_every, shares, rank)
-    if rank == 0:
-        seconds = rows[-1][METRICS.index("seconds")]
-        print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
-              f"{seconds:.0f} s of training on {device}")
-        print_scores(evaluate(model, tokenizer, settings))
-        print(f"saved: {out}/checkpoint.pt, {out}/metrics.csv")
-        if config.lambda_cap:
-            print(f"next:  python eval.py {out}/checkpoint.pt --image YOUR.jpg")
-    if world > 1:
-        dist.destroy_process_group()
+def replace_file(path, write):
+    """write(f) fills a file beside path, which then takes its place: there is never half a file."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        why = str(e).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({why}); the one before is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
@@ -668,3 +694,5 @@ if __name__ == "__main__":
         main()
     except UserError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; --resume goes on from the last save, if there is one")

@@ -2,6 +2,7 @@
 
 hypothesis draws the structure of a case, torch fills in values from its seed.
 """
+import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -10,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
 from hypothesis import strategies as st
 
-import coca
 from coca import BEGIN, END, PAD, CoCa, CoCaConfig
 from data import UserError
 
@@ -22,8 +23,6 @@ VOCAB, TEXT_LEN = 13, 9
 # Processes from a server that has imported the slow modules already
 processes = get_context("forkserver")
 processes.set_forkserver_preload(["helpers", "train", "torch._dynamo"])
-
-fails = pytest.raises(AssertionError)  # for controls: with fails: check_...(a broken model)
 
 
 class Bomb:
@@ -40,6 +39,9 @@ def refused(match, function, *args, **named):
     assert "\n" not in str(error.value)
 
 
+# Random cases
+
+
 @dataclass
 class Case:
     seed: int
@@ -49,8 +51,8 @@ class Case:
 
     def config(self, **changes):
         sizes = dict(image_size=8, patch_size=4, width=16, heads=2, encoder_layers=1, n_uni=2,
-                     n_multi=2, n_query=self.n_query, pooler=self.pooler, vocab_size=VOCAB,
-                     text_len=TEXT_LEN)
+                     n_multi=2, encoder_mlp=64, decoder_mlp=64, n_query=self.n_query,
+                     pooler=self.pooler, vocab_size=VOCAB, text_len=TEXT_LEN)
         return CoCaConfig(**{**sizes, **changes})
 
     def model(self, dtype=torch.float32, **changes):
@@ -74,7 +76,8 @@ class Case:
         tokens = torch.full((len(self.lengths), columns), PAD)
         for row, n in zip(tokens, self.lengths):
             row[:n] = torch.randint(4, VOCAB, (n,), generator=generator)
-            row[0], row[n - 1] = BEGIN, END
+            row[0] = BEGIN
+            row[n - 1] = END
         return tokens
 
 
@@ -88,20 +91,58 @@ def cases(shortest=3, longest=TEXT_LEN, rows=3):
 # On which a broken model must be caught
 CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)
 
+# To break a model on purpose
+
+fails = pytest.raises(AssertionError)  # for controls: with fails: check_...(a broken model)
+
+
+def instead_of(owner, name):
+    """Makes a function a patch: inside `with` it stands in the place of owner.name."""
+    return functools.partial(mock.patch.object, owner, name)
+
+
+def holds_unless(*broken, drawn=(cases(),), control=(CONTROL,)):
+    """Makes a test of a function of drawn values.
+
+    It must hold for all of them. With each of these patches it must fail on `control`.
+    """
+    def decorate(check):
+        def test(patch):
+            if patch is None:
+                check(*control)
+                given(*drawn)(check)()
+            else:
+                with patch, fails:
+                    check(*control)
+
+        names = ["holds"] + [f"unless {patch.new.__name__}" for patch in broken]
+        return pytest.mark.parametrize("patch", [None, *broken], ids=names)(test)
+
+    return decorate
+
+
+# To look into a model
+
+
+def logits_of(model, images, tokens):
+    """(B, L, V); logits[:, t] predicts tokens[:, t + 1]."""
+    return model.multimodal.head(model.decode(images, tokens))
+
 
 @contextmanager
 def recorded_weights():
-    """Yields a list that gets (causal, weights) of every attention from now on, in order.
+    """Yields a list that gets (mask, weights) of every attention from now on, in order.
 
     Attention to values that are an identity matrix gives the weights themselves, and those are the
     fused kernel's.
     """
-    record, kernel = [], F.scaled_dot_product_attention
+    record = []
+    kernel = F.scaled_dot_product_attention
 
-    def attend(q, k, v, **how):
+    def attend(q, k, v, mask=None):
         identity = torch.eye(k.shape[2], dtype=v.dtype).expand(*k.shape[:3], -1)
-        record.append((how.get("is_causal", False), kernel(q, k, identity, **how)))
-        return kernel(q, k, v, **how)
+        record.append((mask, kernel(q, k, identity, mask)))
+        return kernel(q, k, v, mask)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attend):
         yield record
@@ -119,63 +160,18 @@ def record_embedding(model):
     return record
 
 
-def other_mask(mask):
-    """Fused attention with another mask than the causal: mask(L), True = may look, or numbers."""
-    kernel = F.scaled_dot_product_attention
-
-    def attend(q, k, v, is_causal=False):
-        return kernel(q, k, v, attn_mask=mask(len(q[0, 0])) if is_causal else None)
-
-    return mock.patch.object(F, "scaled_dot_product_attention", attend)
-
-
-def wrong_mask(diagonal):
-    """Token i may look up to i + diagonal (0 would be right, 99 is no mask), and at the first."""
-    def mask(L):
-        allowed = torch.ones(L, L, dtype=torch.bool).tril(diagonal)
-        allowed[:, 0] = True  # a row without any key would be NaN, and caught too cheaply
-        return allowed
-
-    return other_mask(mask)
-
-
-def cls_behind_the_padding():
-    """[CLS] after the padding, the key mask shifted by one."""
-    def forward(self, tokens):
-        B, L = tokens.shape
-        kernel = F.scaled_dot_product_attention
-        x = torch.cat([self.token(tokens) + self.position[:L], self.cls.expand(B, 1, -1)], 1)
-        may = F.pad(tokens != PAD, (1, 0), value=True)  # the shift: hides what comes after padding
-        mask = may[:, None, None] & torch.ones(L + 1, L + 1, dtype=torch.bool).tril()
-
-        def attend(q, k, v, is_causal):
-            return kernel(q, k, v, attn_mask=mask)
-
-        with mock.patch.object(F, "scaled_dot_product_attention", attend):
-            for block in self.blocks:
-                x = block(x, causal=True)
-        return x[:, :L], self.norm(x[:, L])
-
-    return mock.patch.object(coca.UnimodalDecoder, "forward", forward)
-
-
-def cls_left_in():
-    """The row of [CLS] goes on to the multimodal half."""
-    def forward(self, tokens):
-        length = (tokens != PAD).sum(1)
-        x = self.insert_cls(self.embed(tokens), length)
-        for block in self.blocks:
-            x = block(x, causal=True)
-        return x[:, :-1], self.norm(x[torch.arange(len(x)), length])
-
-    return mock.patch.object(coca.UnimodalDecoder, "forward", forward)
-
-
-def seen_with(change):
-    """What CoCa gives for images and tokens, changed."""
-    features = coca.CoCa.features
-
-    def forward(self, images, tokens):
-        return change(*features(self, images, tokens), features(self, 0 * images, tokens)[2])
-
-    return mock.patch.object(coca.CoCa, "features", forward)
+@contextmanager
+def counted(*functions):
+    """Yields a dict that says, after the block, how often each (owner, name) was called in it."""
+    calls = {}
+    patches = []
+    for owner, name in functions:
+        original = getattr(owner, name)
+        patches.append(mock.patch.object(owner, name, autospec=True, side_effect=original))
+    doubles = [patch.start() for patch in patches]
+    try:
+        yield calls
+    finally:
+        for patch, double, (_, name) in zip(patches, doubles, functions):
+            patch.stop()
+            calls[name] = double.call_count
