@@ -7,20 +7,14 @@ import os
 import pickle
 import sys
 import tarfile
-import unicodedata
-from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from helpers import Bomb, refused
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from coca import BEGIN, END, PAD, UNKNOWN
-from data import HELD_OUT, PAIRS, Batches, Dataset, Tokenizer, load
+from data import load
 
 
 def same(a, b):
@@ -30,51 +24,6 @@ def same(a, b):
 
 def bytes_of(dataset):
     return {image.tobytes() for image in dataset.images}
-
-
-# shapes
-
-def is_true(caption, things):
-    """Whether a caption, read word by word, fits the centres of the things."""
-    there = Counter()
-    for thing in things:
-        row = "bottom" if thing.y > 0.5 else "top"
-        column = "right" if thing.x > 0.5 else "left"
-        there[f"a {thing.size} {thing.colour} {thing.shape} at the {row} {column}"] += 1
-    return Counter(caption.split(" and ")) == there
-
-
-@pytest.mark.parametrize("split", data.SPLITS)
-def test_every_caption_is_true_of_its_scene_and_its_picture(split):
-    for i in range(100):
-        things, rng = data.scene(0, split, i)
-        image = data.draw(things, rng, 32)
-        for text in data.describe(things):
-            assert is_true(text, things)
-            if "left" in text:
-                assert not is_true(text.replace("left", "right"), things)  # control
-        for thing in things:
-            centre = image[:, int(thing.y * 32), int(thing.x * 32)].astype(int)
-            assert thing.shape == "ring" or abs(centre - data.COLOURS[thing.colour]).max() < 45
-
-
-def test_a_scene_depends_on_seed_split_and_index_only():
-    image = load("shapes", subset=9, size=16).images[7]
-    assert np.array_equal(image, data.draw(*data.scene(0, "train", 7), 16))
-    for other in ((1, "train", 7), (0, "val", 7), (0, "train", 8)):
-        assert not np.array_equal(image, data.draw(*data.scene(*other), 16))
-
-
-def test_held_out_pairs_are_in_zero_shot_scenes_only_whose_prompts_are_their_captions():
-    pairs = {}
-    for split in ("train", "val", "zeroshot"):
-        things = sum((data.scene(0, split, i)[0] for i in range(400)), [])
-        pairs[split] = {(thing.colour, thing.shape) for thing in things}
-    assert pairs["train"] == pairs["val"] == set(PAIRS) - set(HELD_OUT)
-    assert pairs["zeroshot"] == set(HELD_OUT)  # control: the search finds them where they are
-    scenes = load("shapes", split="zeroshot", size=8)
-    for label, texts in zip(scenes.labels, scenes.captions, strict=True):
-        assert texts[0] in [prompt.format(scenes.classes[label]) for prompt in scenes.templates]
 
 
 # cifar10, cifar100: tiny files in the official format
@@ -461,132 +410,6 @@ def test_a_full_disk_or_no_pillow_is_one_line_and_leaves_nothing_behind(tmp_path
         refused("pip install pillow", load, "captions", tmp_path, size=8)
     assert not list((tmp_path / "cache").iterdir())
     assert agrees(load("captions", tmp_path, size=8))  # control: with both
-
-
-# Text
-
-
-def round_trip(text):
-    tokenizer = Tokenizer.learn([text], 100)
-    return tokenizer.decode(tokenizer.encode([text], 99)[0])
-
-
-@pytest.mark.parametrize("text", [
-    "the dog's ball, and a cat.", "wait! what? 50%; yes: no", "the man’s dog",
-    "a 3.5 l jug for 1,000 men, or 2.", "un café crème",
-    "एक हिन्दी कैप्शन"])
-def test_text_comes_back_readable(text):
-    assert round_trip(text.upper()) == round_trip(unicodedata.normalize("NFD", text)) == text
-
-
-WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=4), max_size=9)
-
-
-@given(st.lists(WORDS, min_size=1, max_size=5), st.integers(2, 12))
-def test_tokens_are_begin_words_end_and_pads_and_no_longer_than_text_len(texts, text_len):
-    tokenizer = Tokenizer.learn(map(" ".join, texts), 1000)
-    tokens = tokenizer.encode(map(" ".join, texts), text_len)
-    assert tokens.shape[1] == min(max(map(len, texts)) + 2, text_len)
-    for row, text in zip(tokens.tolist(), texts, strict=True):
-        ids = [BEGIN, *map(tokenizer.words.index, text[:text_len - 2]), END]
-        assert row == ids + [PAD] * (len(row) - len(ids))
-
-
-@given(WORDS, st.integers(5, 12), st.randoms(use_true_random=False))
-def test_the_vocabulary_holds_the_commonest_whatever_the_order_of_texts(texts, size, random):
-    tokenizer, counts = Tokenizer.learn(texts, size), Counter(texts)
-    known = tokenizer.words[4:]
-    assert len(tokenizer) == min(size, 4 + len(counts))
-    assert all(counts[a] >= counts[b] for a in known for b in set(texts) - set(known))
-    assert Tokenizer.learn(random.sample(texts, len(texts)), size).words == tokenizer.words
-
-
-def test_unknown_words_are_unknown_and_names_of_special_tokens_are_not_special():
-    tokenizer = Tokenizer.learn(["a dog"], 100)
-    expected = [[BEGIN, 4, UNKNOWN, END], [BEGIN, END, PAD, PAD]]
-    assert tokenizer.encode(["a zebra", ""], 9).tolist() == expected
-    special = tokenizer.encode(["<end> <pad> <begin>"], 20)[0, 1:-1]
-    assert set(special.tolist()) == {UNKNOWN}
-
-
-# Batches
-
-
-def make_batches(count=24, batch_size=4, text="picture {}", images=None, text_len=8,
-                 augment=False, **how):
-    """Images of one grey each, or `images`, with two captions each."""
-    if images is None:
-        images = np.full((count, 3, 16, 16), np.arange(count)[:, None, None, None], np.uint8)
-    captions = [[text.format(i), "again " + text.format(i)] for i in range(count)]
-    tokenizer = Tokenizer.learn(sum(captions, []), 1000)
-    dataset = Dataset(images, captions, augment=augment)
-    batches = Batches(dataset, tokenizer, text_len, batch_size, **how)
-    batches.tokenizer = tokenizer
-    return batches
-
-
-def to_bytes(images):
-    return ((images + 1) * 127.5).round().byte().numpy()
-
-
-def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
-    orders = set()
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        batches = make_batches(seed=seed)
-        images = torch.cat([batches(step)[0] for step in range(6 * epoch, 6 * epoch + 6)])
-        order = to_bytes(images)[:, 0, 0, 0].tolist()
-        assert sorted(order) == list(range(24)) != order
-        orders.add(tuple(order))
-    assert len(orders) == 3
-
-
-@pytest.mark.parametrize("augment", [False, True])
-def test_a_step_gives_the_same_batch_whatever_came_before_and_processes_their_rows(augment):
-    used = make_batches(batch_size=9, augment=augment)
-    before = [used(step) for step in range(4)]
-    images, tokens = make_batches(batch_size=9, augment=augment)(3)
-    assert torch.equal(before[3][0], images) and torch.equal(before[3][1], tokens)
-    assert not torch.equal(before[2][0], images)
-    for own in (slice(0, 5), slice(5, 9)):
-        own_images, own_tokens = make_batches(batch_size=9, augment=augment, own=own)(3)
-        assert torch.equal(own_images, images[own])
-        assert torch.equal(own_tokens, tokens[own, :own_tokens.shape[1]])
-
-
-def test_a_batch_holds_captions_of_its_images():
-    batches, texts = make_batches(), set()
-    decode = batches.tokenizer.decode
-    for step in range(12):
-        images, tokens = batches(step)
-        assert (tokens[:, -1] != PAD).any()  # no longer than the longest
-        for row, number in zip(tokens, to_bytes(images)[:, 0, 0, 0]):
-            texts.add(decode(row))
-            assert decode(row) in (f"picture {number}", f"again picture {number}")
-    assert len(texts) > 24  # another epoch may draw another caption
-    extremes = torch.tensor([0, 255], dtype=torch.uint8)
-    assert data.to_model(extremes).tolist() == [-1, 1]
-
-
-@pytest.mark.parametrize("text, flips", [
-    ("it is left", False), ("the Right side", False), ("a dog", True)])
-def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_left(text, flips):
-    originals = np.random.default_rng(0).integers(0, 256, (30, 3, 16, 16), np.uint8)
-    padded = np.pad(originals, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=128)
-    places = {}  # pixels of every possible crop -> where it is from
-    for i, top, left in np.ndindex(30, 5, 5):
-        crop = padded[i, :, top:top + 16, left:left + 16]
-        places[crop.tobytes()] = i, top, left, False
-        places[crop[..., ::-1].tobytes()] = i, top, left, True
-    images = make_batches(30, 30, text, images=originals, augment=True)(0)[0]
-    which, top, left, mirrored = zip(*[places[image.tobytes()] for image in to_bytes(images)])
-    assert len(set(which)) == 30 and set(top) == set(left) == set(range(5))
-    assert 5 <= sum(mirrored) <= 25 if flips else not any(mirrored)
-
-
-def test_long_captions_are_cut_and_a_batch_larger_than_the_data_is_refused():
-    tokens = make_batches(text_len=3)(0)[1]
-    assert tokens.shape == (4, 3) and (tokens[:, -1] == END).all()
-    refused("--batch-size 25 .* 24", make_batches, batch_size=25)
 
 
 @pytest.mark.parametrize("rank, said", [("0", "note: words\n"), ("1", "")])
