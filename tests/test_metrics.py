@@ -1,97 +1,267 @@
-"""Recall, zero-shot, retrieval, BLEU and CIDEr-D by hand and as the COCO code has them."""
+"""Zero-shot, retrieval and captioning scores, BLEU and CIDEr-D: by hand and as COCO's code has them."""
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL
+from helpers import CONTROL, fails, refused
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
-from data import Dataset, Tokenizer
-from eval import bleu, cider_d, embed_images, recall, retrieval, tokenised, zero_shot
+from data import Dataset, Tokenizer, to_model
+from eval import (
+    bleu,
+    caption,
+    captioning_task,
+    cider_d,
+    constant_answer,
+    embed_classes,
+    embed_images,
+    embed_texts,
+    ranks,
+    recall,
+    retrieval,
+    retrieval_task,
+    tokenised,
+    zero_shot,
+    zero_shot_task,
+)
 
-# Recall, retrieval, zero-shot classification
+TOKENIZER = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", *"abcdefghi"])
+SETTINGS = dict(data="toy", data_dir=None, seed=0)
+
+
+def some_images(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 3, 8, 8), np.uint8)
+
+
+@pytest.fixture
+def embed(monkeypatch):
+    """Makes texts embed as a table says, and images as the rows given."""
+    def use(table, images=None):
+        def texts_by_hand(model, tokenizer, texts):
+            rows = [table[text] for text in texts]
+            return F.normalize(torch.tensor(rows, dtype=torch.float), dim=-1)
+
+        monkeypatch.setattr(evaluation, "embed_texts", texts_by_hand)
+        monkeypatch.setattr(evaluation, "embed_images", lambda model, given: images)
+    return use
+
+
+@pytest.fixture
+def use_data(monkeypatch):
+    """Makes this Dataset the data -> a list of the splits that were asked for."""
+    def use(dataset):
+        splits = []
+
+        def load_split(model, settings, split):
+            splits.append(split)
+            return dataset
+
+        monkeypatch.setattr(evaluation, "load_split", load_split)
+        return splits
+    return use
+
+
+# Embeddings
+
+
+@torch.no_grad()
+def test_many_images_and_texts_are_embedded_and_captioned_in_order():
+    model = CONTROL.model()
+    images = some_images(300)
+    alone = model.encode_image(to_model(torch.from_numpy(images)))
+    torch.testing.assert_close(embed_images(model, images), alone)
+    texts = ["a b", "c", "d e f g", "h i"]
+    alone = torch.cat([model.encode_text(TOKENIZER.encode([text], 9)) for text in texts])
+    torch.testing.assert_close(embed_texts(model, TOKENIZER, texts, batch=3), alone)
+    tokens = model.generate(to_model(torch.from_numpy(images[298:])))
+    found = caption(model, TOKENIZER, images)
+    assert len(found) == 300 and found[298:] == [TOKENIZER.decode(row) for row in tokens]
+
+
+# Zero-shot classification
+
+
+def test_chance_is_the_best_constant_answer():
+    assert constant_answer(np.array([2, 0, 2, 2, 1])) == 3 / 5
+    assert constant_answer(np.array([0, 1, 2, 3])) == 1 / 4
+
+
+def test_zero_shot_takes_the_mean_of_a_classs_prompts_and_its_direction_only(embed, use_data):
+    """Chosen so that the nearest single prompt, or a mean of any length, would answer otherwise."""
+    table = {"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0],
+             "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]}
+    images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.7, 0.7, 0]])
+    embed(table, images)
+    classes = embed_classes(None, None, ["x", "y"], ["a {}", "the {}"])
+    assert zero_shot(images, classes).tolist() == [1, 0, 0]
+    single = embed_classes(None, None, ["x", "y"], ["a {}"])  # controls
+    assert zero_shot(images, single).tolist() == [0, -1, 0]
+    mean = torch.tensor([[0.235, 0.424, 0], [0.8, 0, 0.6]])
+    assert zero_shot(images, mean).tolist() == [1, 0, 1]
+
+    data = Dataset(None, [], np.array([1, 0, 1]), ["x", "y"], ["a {}", "the {}"])
+    splits = use_data(data)
+    found = zero_shot_task(CONTROL.model(), None, SETTINGS)
+    assert found == {"zero-shot top-1": (pytest.approx(2 / 3), pytest.approx(2 / 3))}
+    assert splits == ["zeroshot"]
+    data.labels = np.array([1, 0, 0])
+    assert zero_shot_task(CONTROL.model(), None, SETTINGS)["zero-shot top-1"][0] == 1
+
+
+@torch.no_grad()
+def test_a_model_of_nans_says_nothing_and_the_same_prompts_are_never_told_apart():
+    model = CONTROL.model()
+
+    def said(classes):
+        prompts = embed_classes(model, TOKENIZER, classes, ["a {}", "b {} a"])
+        return (zero_shot(embed_images(model, some_images(20)), prompts) >= 0).float().mean()
+
+    assert said(["c", "d", "e"]) == 1  # control
+    for count in (2, 10, 100):
+        assert said([f"x{i}" for i in range(count)]) == 0  # to the model all are <unk>
+    torch.nn.init.constant_(model.contrastive_pooler.norm.bias, math.nan)
+    assert said(["c", "d", "e"]) == 0
+
+
+# Retrieval
 
 
 def test_recall_by_hand():
     row = torch.tensor([0.9, 0.1, 0.5, 0.2])  # ranks 1, 4, 2, 3
-    found = recall(row.expand(4, 4), [[0], [2], [1, 3], [1]], ks=(1, 2, 3, 4))
+    relevant = [[0], [2], [1, 3], [1]]
+    assert ranks(row.expand(4, 4), torch.eye(4), relevant) == [0, 1, 2, 3]
+    found = recall(row.expand(4, 4), torch.eye(4), relevant, ks=(1, 2, 3, 4))
     assert [found[k][0] for k in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
     # by chance: of one relevant item among 4, and of the better of two
     assert found[1][1] == pytest.approx((3 * 1 / 4 + 2 / 4) / 4)
     assert found[2][1] == pytest.approx((3 * 2 / 4 + (1 - 2 / 4 * 1 / 3)) / 4)
     assert found[4][1] == 1.0
-    assert recall(torch.rand(3, 2), [[0], [1], [0]])[5] == (1.0, 1.0)
+    assert recall(torch.rand(3, 2), torch.eye(2), [[0], [1], [0]])[5] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
-def test_equal_scores_and_nan_are_never_right(value):
-    found = recall(torch.full((5, 30), value), [[i] for i in range(5)])
+def test_equal_cosines_and_nan_are_never_right(value):
+    found = recall(torch.full((5, 30), value), torch.eye(30), [[i] for i in range(5)])
     assert {score for score, _ in found.values()} == {0}
     rest = torch.full((1, 30), value)
-    rest[0, 3] = 1.0  # control: one good score
-    assert recall(rest, [[3]])[1][0] == (value == 0)
+    rest[0, 3] = 1.0  # control: one good cosine
+    assert recall(rest, torch.eye(30), [[3]])[1][0] == (value == 0)
     few = torch.full((2, 4), value)  # of 4 items all are among 5
-    assert recall(few, [[0], [1]])[5] == (value == 0, 1.0)
+    assert recall(few, torch.eye(4), [[0], [1]])[5] == (value == 0, 1.0)
+
+
+class Largest(TorchDispatchMode):
+    """Inside `with`, the most elements that a tensor had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_retrieval_never_holds_all_cosines_and_gives_what_all_would(monkeypatch):
+    torch.manual_seed(0)
+    queries = torch.randn(2000, 8, dtype=torch.float64)
+    items = torch.randn(3000, 8, dtype=torch.float64)
+    relevant = [[i, i + 1000] for i in range(2000)]
+    plain = []
+    for row, right in zip((queries @ items.T).numpy(), relevant):
+        wrong = np.delete(row, right)
+        plain.append((wrong >= row[right].max()).sum())
+    for block, largest in ((100_000, 100_000), (2**25, 6_000_000)):  # the second is the control
+        monkeypatch.setattr(evaluation, "BLOCK", block)
+        with Largest() as made:
+            assert ranks(queries, items, relevant) == plain
+        assert 0.9 * largest <= made.elements <= largest
+    monkeypatch.setattr(evaluation, "BLOCK", 10)  # less than one query's
+    assert ranks(queries[:5], items, relevant) == plain[:5]
+
+
+def test_retrieval_counts_several_captions_per_image_and_shared_captions(embed, use_data):
+    """Each direction of its own: every image finds a text of its own, and of five texts one does not."""
+    texts = [["a", "b"], ["c", "b"], ["d", "e", "d"]]
+    images = F.normalize(torch.tensor([[1.0, 0.2, 0], [0.1, 1, 0.3], [0, 0.3, 1]]), dim=-1)
+    embed({"a": [1, 0, 0], "b": [0.9, 0.1, 0], "c": [0, 1, 0], "d": [0, 0, 1], "e": [0, 1, 0.9]},
+          images)
+    found = retrieval(images, None, None, texts, image="clip")
+    assert found["clip to text R@1"] == (1, pytest.approx(2 / 5))
+    # "b" is right for images 0 and 1; "d" counts once
+    assert found["text to clip R@1"] == (4 / 5, pytest.approx((4 * 1 / 3 + 2 / 3) / 5))
+    assert found["clip to text R@5"] == found["text to clip R@10"] == (1, 1)
+    assert len(found) == 6
+    for name, (score, _) in retrieval(images.roll(1, 0), None, None, texts).items():  # control
+        assert score < 1 or not name.endswith("R@1")
+
+    splits = use_data(Dataset(None, texts))
+    assert retrieval_task(CONTROL.model(), None, SETTINGS)["text to image R@1"][0] == 4 / 5
+    assert splits == ["val"]
+
+
+def test_class_prompts_are_not_retrieved(use_data):
+    use_data(Dataset(some_images(2), [["a c"], ["a d"]], np.array([0, 1]), ["c", "d"], ["a {}"]))
+    refused("captions of toy are class names, shared by many images; see zero-shot",
+            retrieval_task, CONTROL.model(), TOKENIZER, SETTINGS)
+    use_data(Dataset(some_images(2), [["a c"], ["a d"]]))
+    assert len(retrieval_task(CONTROL.model(), TOKENIZER, SETTINGS)) == 6  # control
+
+
+# Captioning
 
 
 @pytest.fixture
-def embed(monkeypatch):
-    """Makes texts embed as a table says."""
-    def use(table):
-        def look_up(model, tokenizer, texts):
-            rows = [table[text] for text in texts]
-            return F.normalize(torch.tensor(rows, dtype=torch.float), dim=-1)
-        monkeypatch.setattr(evaluation, "embed_texts", look_up)
-        return look_up
-    return use
+def captioned(monkeypatch, use_data):
+    """The captioning task where a model writes these captions -> scores."""
+    def score(written, true, words="abcdefghi"):
+        splits = use_data(Dataset(np.zeros((len(true), 3, 8, 8), np.uint8), true))
+        monkeypatch.setattr(evaluation, "caption", lambda model, tok, images: written[:len(images)])
+        tokenizer = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", *words])
+        found = captioning_task(CONTROL.model(), tokenizer, SETTINGS)
+        assert splits == ["val"]
+        return found
+    return score
 
 
-def test_retrieval_counts_several_captions_per_image_and_shared_captions(embed):
-    embed({"a": [1, 0, 0], "b": [0.9, 0.1, 0], "c": [0, 1, 0], "d": [0, 0, 1]})
-    images = F.normalize(torch.tensor([[1.0, 0.2, 0], [0.1, 1, 0.3], [0, 0.3, 1]]), dim=-1)
-    texts = [["a", "b"], ["c", "b"], ["d", "d"]]
-    found = retrieval(images, None, None, texts)
-    assert found["image to text"][1][0] == 1.0  # each image's nearest text is one of its own
-    # "b" is right for image 0 and image 1; "d" counts once
-    assert found["text to image"][1][0] == 1.0
-    assert found["image to text"][1][1] == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
-    assert retrieval(images.roll(1, 0), None, None, texts)["image to text"][1][0] < 1  # control
+def test_chance_is_what_captions_score_on_an_image_half_the_set_away(captioned):
+    written = ["a a", "a a", "b b", "a a", "b b", "b b"]
+    true = [["a a"], ["a a"], ["b b"], ["a a"], ["b b"], ["c", "b c b"]]
+    away = ["a a", "b b", "b b", "a a", "a a", "b b"]
+    found = captioned(written, true)
+    assert found["captions exactly right"] == (5 / 6, 3 / 6)
+    for n in range(4):
+        assert found[f"BLEU-{n + 1}"] == (bleu(written, true)[n], bleu(away, true)[n])
+    assert found["CIDEr-D"] == (cider_d(written, true), cider_d(away, true))
+    assert found["distinct captions"] == (2 / 6, 1 / 6)
+    with fails:  # control: an image away
+        assert found["CIDEr-D"][1] == cider_d(written[1:] + written[:1], true)
 
 
-def test_zero_shot_takes_the_mean_of_the_prompts_embeddings(embed):
-    """Chosen so that the nearest single prompt would answer otherwise."""
-    look_up = embed({"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0],
-                     "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]})
-    data = Dataset(np.zeros((2, 3, 4, 4)), [], None, ["x", "y"], ["a {}", "the {}"])
-    images = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
-    assert zero_shot(images, None, None, data).tolist() == [1, 0]
-    assert (images @ look_up(None, None, ["a x", "a y"]).T).argmax(1).tolist() != [1, 0]
+def test_a_thousand_images_are_captioned(captioned):
+    written = ["a"] * 999 + ["b"] * 201
+    found = captioned(written, [["a"]] * 1200)
+    assert found["captions exactly right"][0] == 0.999
+    assert found["distinct captions"] == (2 / 1000, 1 / 1000)
 
 
-TOKENIZER = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", *"abcdefghi"])
+def test_an_example_stands_beside_the_true_caption_that_it_matches(captioned, capsys):
+    captioned(["b a", "c", "a"], [["a b", "b a"], ["a b", "b a"], ["a"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["b a", "b a", "c", "a b"]
 
 
-def said(model, classes):
-    """Share of 20 images of which the model says a class."""
-    images = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), np.uint8)
-    data = Dataset(images, [], None, classes, ["a {}", "b {} a"])
-    with torch.no_grad():
-        predicted = zero_shot(embed_images(model, images), model, TOKENIZER, data)
-    return (predicted >= 0).float().mean().item()
-
-
-def test_a_model_of_nans_says_nothing():
-    model = CONTROL.model()
-    assert said(model, ["c", "d", "e"]) == 1  # control
-    torch.nn.init.constant_(model.contrastive_pooler.norm.bias, math.nan)
-    assert said(model, ["c", "d", "e"]) == 0
-
-
-@pytest.mark.parametrize("count", [2, 10, 100])
-def test_classes_with_the_same_prompts_are_never_told_apart(count):
-    assert said(CONTROL.model(), [f"x{i}" for i in range(count)]) == 0  # to the model all are <unk>
+def test_captions_with_unknown_words_are_never_exactly_right_and_their_share_is_told(
+        captioned, capsys):
+    true = [["a zebra runs", "a zebra"], ["a a"]]
+    found = captioned(["a <unk> <unk>", "a a"], true, words=["a"])
+    assert found["captions exactly right"][0] == 0.5
+    assert "42.9% of the words in the true captions are unknown" in capsys.readouterr().out
+    found = captioned(["a zebra", "b"], true, words=["a", "zebra", "runs"])  # control
+    assert found["captions exactly right"][0] == 0.5 and "unknown" not in capsys.readouterr().out
 
 
 # BLEU and CIDEr-D
@@ -124,7 +294,8 @@ def test_bleu_by_hand():
 
 
 def test_the_best_and_the_worst():
-    own, other = ["a b c d", "p q r s"], ["p q r s", "a b c d"]
+    own = ["a b c d", "p q r s"]
+    other = ["p q r s", "a b c d"]
     references = [[text, text] for text in own]
     assert bleu(own, references) == pytest.approx([1, 1, 1, 1])
     assert cider_d(own, references) == pytest.approx(10)
