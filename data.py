@@ -16,12 +16,11 @@ import io
 import json
 import os
 import pickle
+import posixpath
 import re
-import shutil
 import sys
 import tarfile
 import unicodedata
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,8 +40,25 @@ class UserError(Exception):
     """Something that the user can put right: one line that says what, where, and what to do."""
 
 
+def run_program(main):
+    """Runs main. What the user can put right, and Ctrl-C, end it with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}" if first_process() else 1)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+
+
+def first_process():
+    """Under torchrun several processes do the same; one of them speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text):
-    if os.environ.get("RANK", "0") == "0":  # several processes say it once
+    if first_process():
         tqdm.write(f"note: {text}", file=sys.stderr)  # above a progress bar, not into it
 
 
@@ -113,31 +129,24 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     seed: of generated scenes. val_from_train: keep that many training images apart, and let them
     stand for the evaluation images.
     """
-    if name == "shapes" and not (val_from_train and split in ("train", "val")):
-        return shapes(split, size, seed, subset)
-    learned_from = split in ("train", "labelled")
-    part = "train" if learned_from or val_from_train else "val"  # where the images are
+    def pick_rows(count):
+        return pick(count, split, subset, val_from_train)
+
+    part = "train" if val_from_train or split in ("train", "labelled") else "val"
     if name == "shapes":
-        data = shapes(part, size, seed)
-        return select(data, pick(len(data), split, subset, val_from_train))
-    if not data_dir:
-        raise UserError(f"--data {name} needs --data-dir, the folder of its files")
+        if not val_from_train or split not in ("train", "val"):
+            return shapes(split, size, seed, subset)
+        data = shapes("train", size, seed)
+        return select(data, pick_rows(len(data)))
+    if not data_dir or not os.path.exists(data_dir):
+        raise UserError(f"--data-dir {data_dir}: no such folder; {name} needs that of its files")
     data_dir = Path(data_dir)
     if name in CIFAR:
         data = cifar(name, data_dir, part, size, download)
-        return select(data, pick(len(data), split, subset, val_from_train))
-    if download:
-        raise UserError(f"--download fetches CIFAR only; get {name} yourself, and give "
-                        "its folder as --data-dir")
-    if not os.path.isdir(data_dir):
-        raise UserError(f"{data_dir}: no such folder; --data-dir must hold your {name} data")
-    read = coco if name == "coco" else captions_file
+        return select(data, pick_rows(len(data)))
+    read = coco if name == "coco" else captions_table
     captions, source = read(data_dir, part)  # {path: [caption, ...]}
-    if not captions:
-        raise UserError(f"{source}: no images with captions; check the file")
-    paths = sorted(captions)
-    paths = [paths[i] for i in pick(len(paths), split, subset, val_from_train)]
-    return captioned_images(paths, captions, size, f"{name}-{part}", source, data_dir)
+    return captioned_images(captions, pick_rows, size, f"{name}-{part}", source)
 
 
 def pick(count, split, subset, val_from_train):
@@ -160,8 +169,13 @@ def pick(count, split, subset, val_from_train):
 
 CHARACTERS = map(chr, range(0x300, 0xFE30))
 MARKS = "".join(c for c in CHARACTERS if unicodedata.category(c).startswith("M"))
-# Numbers like 3.5; words with their accents and vowel signs, "man's" as man 's; punctuation
-WORD = re.compile(rf"\d+(?:[.,]\d+)+|['’]?[\w{MARKS}]+|[^\w\s]")
+# Thai, Lao, Khmer, kana and Han are written without blanks: each letter counts as a word
+LETTERS = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+OTHER = rf"(?:(?![{LETTERS}])[\w{MARKS}])+"
+# Numbers like 3.5; letters; words like t-shirt, with accents, and "man's" as man 's; punctuation
+WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{LETTERS}][{MARKS}]*|['’]?{OTHER}(?:-{OTHER})*|[^\w\s]")
+NO_BLANK = re.compile(rf" (?=['’](?:[sdmt]|re|ve|ll)\b|['’](?: |$)|[.,;:!?%)\]])|(?<=[(\[]) |"
+                      rf"(?<=[{LETTERS}{MARKS}]) (?=[{LETTERS}])")  # where decode joins words
 
 
 def words(text):
@@ -208,14 +222,14 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens):
-        """tokens (L,) -> text up to END, readable: punctuation and 's joined to the word before."""
+        """tokens (L,) -> text up to END, readable: no blanks before punctuation, 's and the like."""
         found = []
         for i in map(int, tokens):
             if i == END:
                 break
             if i not in (PAD, BEGIN):
                 found.append(self.words[i])
-        return re.sub(r" (['’]\w+|[.,;:!?%)])", r"\1", " ".join(found))
+        return NO_BLANK.sub("", " ".join(found))
 
 
 def to_model(images):
@@ -395,16 +409,14 @@ def shapes(split, size, seed, subset=0):
 # ------------------------------------------------------------------------------------------------
 # cifar10, cifar100
 
-TEMPLATES = [  # labels become text by prompts, as JFT's do (Sec. 4.1): eight of
-    # CLIP's eighteen for CIFAR
+TEMPLATES = [  # labels become text by prompts, as JFT's do (Sec. 4.1): 8 of CLIP's 18 for CIFAR
     "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.",
     "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
     "a photo of a big {}.", "a photo of the {}."]
 CIFAR = {
     "cifar10": dict(
-        folder="cifar-10-batches-py", val=["test_batch"],
-        train=["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"],
-        meta="batches.meta", names="label_names", labels="labels",
+        folder="cifar-10-batches-py", train=[f"data_batch_{i}" for i in range(1, 6)],
+        val=["test_batch"], meta="batches.meta", names="label_names", labels="labels",
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         md5="c58f30108f718f92721af3b95e74349a"),
     "cifar100": dict(
@@ -415,76 +427,95 @@ CIFAR = {
 }
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain containers, and nothing that could run code."""
+class PickledType:
+    """Stands for numpy.dtype in a pickle."""
 
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-               ("numpy.core.multiarray", "_reconstruct"),
-               ("numpy._core.multiarray", "_reconstruct")}
+    def __init__(self, name, *flags):
+        self.name = name
+
+    def __setstate__(self, state):
+        if state[1] == ">":
+            raise pickle.UnpicklingError("big-endian numbers")
+
+
+class PickledArray:
+    """Stands for numpy.ndarray in a pickle."""
+
+    def __init__(self, *ignored):
+        self.array = None
+
+    def __setstate__(self, state):
+        _, shape, kind, _, content = state
+        self.array = numbers(content, kind, shape)
+
+
+def numbers(content, kind, shape):
+    """Bytes, a PickledType and a shape -> array of integers, the only kind there is in CIFAR."""
+    if not re.fullmatch("[iu][1248]", kind.name):
+        raise pickle.UnpicklingError(f"numbers of type {kind.name}")
+    if isinstance(content, str):  # of Python 2
+        content = content.encode("latin1")
+    return np.frombuffer(bytes(content), kind.name).reshape(shape)
+
+
+STAND_INS = {  # for what numpy 1 and 2 write of arrays and integers, and Python of bytes
+    "dtype": PickledType,
+    "ndarray": PickledArray,
+    "_reconstruct": PickledArray,
+    "_frombuffer": lambda content, kind, shape, order: numbers(content, kind, shape),
+    "scalar": lambda kind, content: int(numbers(content, kind, ())),
+    "encode": lambda text, encoding: text.encode("latin1"),
+}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain containers and arrays of integers. It calls STAND_INS and nothing else."""
 
     def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise UserError(f"it wants to run {f'{module}.{name}'!r}, which no CIFAR file does: delete it")
-        return super().find_class(module, name)
+        if module.split(".")[0] not in ("numpy", "_codecs") or name not in STAND_INS:
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, as no CIFAR file does")
+        return STAND_INS[name]
 
 
-def read_pickle(path):
-    again = "delete it and run again with --download"
+def read_cifar(path, key, classes=()):
+    """-> what a CIFAR file holds under key: names of classes, or with these the labels (n,) and the
+    images (n, 3, 32, 32).
+    """
     try:
         with open(path, "rb") as f:
             content = PlainUnpickler(f, encoding="latin1").load()
-    except UserError as e:
-        raise UserError(f"{path}: refused, {e!s:.200}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; get it with --download") from None
+        found = content[key]
+        if not classes:
+            return [name.replace("_", " ") for name in found]
+        labels = np.array(getattr(found, "array", found))
+        images = getattr(content["data"], "array", content["data"])
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
+            raise ValueError("not 3072 bytes for each label")
+        if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError(f"labels other than 0 to {len(classes) - 1}")
+        return labels, images.reshape(-1, 3, 32, 32)
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: truncated or corrupt ({type(e).__name__}); {again}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a CIFAR file (a {type(content).__name__}); {again}")
-    return content
+        raise UserError(f"{path}: not a CIFAR file, or damaged ({type(e).__name__}: {e!s:.200}); "
+                        "delete it and run again with --download") from None
 
 
-def read_cifar_batch(path, labels_key, classes):
-    """-> images (n, 3, 32, 32) uint8, labels (n,)."""
-    batch = read_pickle(path)
-    try:
-        images = batch["data"]
-        labels = [label.__index__() for label in batch[labels_key]]
-        whole = images.dtype == np.uint8 and images.shape == (len(labels), 3072) and len(labels)
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: truncated or corrupt (no {labels_key!r} and 3072 bytes for each "
-                        "image); get it again")
-    if min(labels) < 0 or max(labels) >= len(classes):
-        raise UserError(f"{path}: labels {min(labels)} to {max(labels)} but {len(classes)} class "
-                        "names; get it again")
-    return images.reshape(-1, 3, 32, 32), np.array(labels)
-
-
-def cifar(name, data_dir, split, size, download):
+def cifar(name, data_dir, part, size, download):
     kind = CIFAR[name]
     if download:
         fetch(kind["url"], kind["md5"], data_dir)
     root = data_dir / kind["folder"]
-    if not os.path.isdir(root):  # DIR may be the folder itself
+    if not root.is_dir():  # DIR may be the folder itself
         root = data_dir
-    found = [root / file for file in kind[split] if os.path.isfile(root / file)]
+    files = [root / file for file in kind[part]]
+    found = [path for path in files if path.is_file()]
     if not found:
-        wanted = data_dir / kind["folder"] / kind[split][0]
-        raise UserError(f"{wanted}: no such file; give its folder as --data-dir, or add --download")
-    if len(found) < len(kind[split]):
-        note(f"{len(found)} of {len(kind[split])} {split} batches of {name} are in {root}; "
-             "using those")
-    classes = read_pickle(root / kind["meta"]).get(kind["names"])
-    if not classes or not isinstance(classes, list) or {*map(type, classes)} != {str}:
-        raise UserError(f"{root / kind['meta']}: no class names in it; get it again")
-    batches = [read_cifar_batch(path, kind["labels"], classes) for path in found]
-    images = np.concatenate([images for images, _ in batches])
-    labels = np.concatenate([labels for _, labels in batches])
-    if size != 32:
-        images = resize(images, size)
-    classes = [text.replace("_", " ") for text in classes]
+        raise UserError(f"{files[0]}: no such file; give its folder as --data-dir, or add --download")
+    if len(found) < len(files):
+        note(f"{len(found)} of {len(files)} {part} batches of {name} are in {root}; using those")
+    classes = read_cifar(root / kind["meta"], kind["names"])
+    batches = [read_cifar(path, kind["labels"], classes) for path in found]
+    labels = np.concatenate([labels for labels, _ in batches])
+    images = resize(np.concatenate([images for _, images in batches]), size)
     captions = [[template.format(classes[label]) for template in TEMPLATES] for label in labels]
     return Dataset(images, captions, labels, classes, TEMPLATES, augment=True)
 
@@ -492,48 +523,41 @@ def cifar(name, data_dir, split, size, download):
 def resize(images, size):
     """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
     H, W = images.shape[2:]
+    if H == W == size:
+        return images
     side = min(H, W)
-    top, left = (H - side) // 2, (W - side) // 2
+    top = (H - side) // 2
+    left = (W - side) // 2
     resized = np.empty((len(images), 3, size, size), np.uint8)
     for i in range(0, len(images), 1000):
-        part = np.ascontiguousarray(images[i:i + 1000, :, top:top + side, left:left + side])
-        part = torch.from_numpy(part)
-        resized[i:i + 1000] = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+        square = torch.tensor(images[i:i + 1000, :, top:top + side, left:left + side])
+        resized[i:i + 1000] = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
     return resized
 
 
 def fetch(url, md5, folder):
     """Downloads an archive, if it is not there, checks its md5 and unpacks it in the folder."""
     archive = folder / url.rsplit("/", 1)[1]
-    part = archive.with_suffix(".part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as f:
-                total = int(reply.headers.get("Content-Length", 0))
-                with tqdm.wrapattr(reply, "read", total=total, desc=archive.name) as source:
-                    shutil.copyfileobj(source, f)
-            if part.stat().st_size < total:  # read() returns b"" then, without an error
-                raise OSError("the connection ended early")
-            os.replace(part, archive)
-    except (OSError, http.client.HTTPException) as e:
-        if os.path.exists(part):
-            part.unlink()
-        raise UserError(f"{url}: download failed ({e}); run the same command again") from None
-    with open(archive, "rb") as f:
-        if hashlib.md5(f.read(), usedforsecurity=False).hexdigest() != md5:
-            raise UserError(f"{archive}: wrong md5, not {md5}; delete it and run again")
     if not hasattr(tarfile, "data_filter"):
         raise UserError("this Python cannot unpack safely; update to 3.10.12, 3.11.4 or newer")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            torch.hub.download_url_to_file(url, str(archive))  # under another name until it is whole
+        if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+            raise OSError(f"its md5 is not {md5}")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")  # no links, devices or paths that lead outside
-    except (tarfile.TarError, OSError, EOFError) as e:
-        raise UserError(f"{archive}: could not be unpacked ({e}); delete it and run again") from None
+    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError) as e:
+        raise UserError(f"{url}: download failed ({e}); delete {archive}, if it is there, and run "
+                        "again") from None
 
 
 # ------------------------------------------------------------------------------------------------
-# coco, captions: images in files
+# Pictures in files
+
+# What Pillow may read. (All it knows would include PostScript, for which it starts a program)
+FORMATS = ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
 
 
 def to_rgb(image):
@@ -558,7 +582,7 @@ def read_image(path, size):
     Image = pillow()
     from PIL import ImageOps
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
             image = to_rgb(ImageOps.exif_transpose(image))
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -566,164 +590,351 @@ def read_image(path, size):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(f"{path}: not a readable image ({e})") from None
+        if Path(path).suffix.lower() in (".heic", ".heif"):
+            raise UserError(f"{path}: HEIC is not read; convert it, for example with ImageMagick: "
+                            "magick mogrify -format jpg *.heic") from None
+        raise UserError(f"{path}: not a readable image of {', '.join(FORMATS)} ({e})") from None
 
 
-def cached_images(paths, size, name):
-    """Decodes files once -> (M, 3, size, size) uint8 memory map, which of the paths it holds (M,).
+TO_DO, DONE, BROKEN = 0, 1, 2  # states of a picture in the cache
 
-    It lies in ~/.cache/coca (or $COCA_CACHE) under a name made of the paths, dates and size: if any
-    changes, it is made anew. Unreadable files are named and left out.
+
+def cached_images(paths, rows, size, name):
+    """Decodes each of paths[rows] once -> which rows can be read, their images (n, 3, size, size).
+
+    They are kept in ~/.cache/coca (or $COCA_CACHE; it may be deleted), in a file named after all
+    paths, their dates and the size: if any changes, all are decoded anew. It holds the whole set,
+    whatever the subset, and behind the pixels a byte for each picture's state. The states are
+    written last, so a run may be killed at any moment.
     """
     facts = [size]
     for path in paths:
-        facts.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns))
+        there = os.path.isfile(path)
+        facts.append([os.path.abspath(path), there and os.stat(path).st_mtime_ns,
+                      there and os.stat(path).st_size])
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
-    pixels = folder / f"{name}-{size}px-{fingerprint[:32]}.uint8"
-    index = pixels.with_suffix(".json")  # which paths it holds; written last
+    file = folder / f"{name}-{size}px-{fingerprint[:32]}"
+    pixels = len(paths) * 3 * size * size
     try:
-        kept = json.loads(index.read_text())
-        complete = pixels.stat().st_size == len(kept) * 3 * size * size
-    except (OSError, ValueError, TypeError):
-        complete = False  # not there, or cut off
-    if not complete:
-        pillow()  # its absence should show at once, not image by image
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab") as f:
+            f.truncate(pixels + len(paths))  # new bytes are 0, and take no space yet
+        states = np.fromfile(file, np.uint8, offset=pixels)
+        to_do = rows[states[rows] == TO_DO]
+        if len(to_do):
+            decode_into(file, paths, to_do, size, states, name)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
+                        "set COCA_CACHE to a folder that can be written") from None
+    images = np.memmap(file, np.uint8, "r", shape=(len(paths), 3, size, size))
+    good = rows[states[rows] == DONE]
+    return good, images if len(good) == len(images) else images[good]
+
+
+def decode_into(file, paths, rows, size, states, name):
+    """Writes pixels and states of paths[rows] to their places in the file."""
+    def decode(i):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = decode_to(pixels, paths, size, name)
-            index.write_text(json.dumps(kept))
-        except OSError as e:
-            raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
-                            "set COCA_CACHE to a folder that can be written") from None
-    return np.memmap(pixels, np.uint8, "r", shape=(len(kept), 3, size, size)), kept
+            return read_image(paths[i], size)
+        except UserError:
+            return None
 
-
-def decode_to(file, paths, size, name):
-    """Writes the pixels of all images that can be read into a file -> their indices."""
-    def decode(path):
+    pillow()  # its absence should show at once, not image by image
+    # Written, not mapped: a full disk is then an error, and not the end of the process
+    with open(file, "r+b") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = pool.map(decode, rows)  # Pillow works outside Python's lock
         try:
-            return read_image(path, size)
-        except UserError as e:
-            return e
-
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    kept = []
-    try:
-        # Written, not mapped: a full disk is then an error, and not the end of the process
-        with open(temporary, "wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
-            images = pool.map(decode, paths)  # Pillow decodes outside Python's lock
-            try:
-                for i, image in enumerate(tqdm(images, f"decoding {name}", len(paths), leave=False)):
-                    if isinstance(image, UserError):
-                        note(f"{image}: skipped")
-                    else:
-                        f.write(image.tobytes())
-                        kept.append(i)
-            finally:
-                pool.shutdown(cancel_futures=True)
-        failed = len(paths) - len(kept)
-        if failed > 0.01 * len(paths):
-            raise UserError(f"{paths[0].parent}: {failed} of {len(paths)} images cannot be read; "
-                            "replace or remove the files named above")
-        if failed:
-            note(f"{failed} of {len(paths)} images skipped")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return kept
+            for i, image in zip(rows.tolist(), tqdm(images, f"decoding {name}", len(rows), leave=False)):
+                states[i] = BROKEN
+                if image is not None:
+                    f.seek(i * image.size)
+                    f.write(image.tobytes())
+                    states[i] = DONE
+        finally:
+            pool.shutdown(cancel_futures=True)
+        f.flush()
+        os.fsync(f.fileno())
+        f.seek(-len(paths), os.SEEK_END)
+        f.write(states.tobytes())
 
 
-def captioned_images(paths, captions, size, name, source, data_dir):
-    """captions: {path: [caption, ...]} -> Dataset of these paths. source: the file that names them."""
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise UserError(f"{source}: {len(missing)} of the {len(paths)} images it names are not "
-                        f"there, first {missing[0]}; get them or take them out of the file")
-    images, kept = cached_images(paths, size, name)
-    paths = [paths[i] for i in kept]
-    return Dataset(images, [captions[path] for path in paths], augment=True,
-                   names=[os.path.relpath(path, data_dir) for path in paths])
+def captioned_images(captions, pick_rows, size, name, source):
+    """captions: {path: [caption, ...]} -> Dataset. source: the file that names the paths.
 
-
-def without_empty(captions, source):
-    """{path: [caption, ...]} without captions of blanks, and without images that have no other."""
-    empty = 0
+    Pictures that are missing or cannot be read are skipped, up to 1 % of them (one, of less than
+    100).
+    """
     kept = {}
     for path, texts in captions.items():
-        real = [text for text in texts if text.strip()]
-        empty += len(texts) - len(real)
-        if real:
-            kept[path] = real
+        kept[path] = [text for text in texts if text.strip()]
+    empty = sum(map(len, captions.values())) - sum(map(len, kept.values()))
     if empty:
         note(f"{source}: {empty} empty captions skipped")
-    return kept
+    paths = sorted(path for path in kept if kept[path])
+    if not paths:
+        raise UserError(f"{source}: no pictures with captions; check the file")
+    rows = pick_rows(len(paths))
+    missing = [i for i in rows if not os.path.isfile(paths[i])]
+    good = rows
+    if len(missing) <= max(1, len(rows) // 100):
+        good, images = cached_images(paths, rows, size, name)
+        missing = np.setdiff1d(rows, good)
+    if len(missing):
+        reasons = "; ".join(why_broken(paths[i], size) for i in missing[:3])
+        text = f"{source}: {len(missing)} of {len(rows)} pictures cannot be read, as these: {reasons}"
+        if len(missing) > max(1, len(rows) // 100):
+            raise UserError(f"{text}. Too many: put them back, or take them out of the table")
+        note(f"{text}; skipped")
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = [os.path.relpath(paths[i], root) for i in good]
+    return Dataset(images, [kept[paths[i]] for i in good], names=names, augment=True)
 
 
-def read_text(path, what):
+def why_broken(path, size):
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {what}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({e}); {what}") from None
+        read_image(path, size)
+        return f"{path}: was broken; delete the cache"
+    except UserError as e:
+        return str(e)
 
 
-def coco(data_dir, split):
-    """-> {path: [caption, ...]}, the file they are from."""
-    for year in ("2014", "2017"):
-        annotations = data_dir / "annotations" / f"captions_{split}{year}.json"
-        if annotations.exists():
+# ------------------------------------------------------------------------------------------------
+# coco
+
+
+def read_text(path):
+    """UTF-8 with or without a mark, or UTF-16 with one -> text, its lines ended by \\n."""
+    try:
+        content = path.read_bytes()
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
+
+
+def coco(data_dir, part):
+    """-> {path: [caption, ...]}, the file they are from. Both splits are of one year."""
+    for year in ("2017", "2014"):
+        wanted = [f"annotations/captions_{split}{year}.json" for split in ("train", "val")]
+        wanted += [f"train{year}", f"val{year}"]
+        if all((data_dir / name).exists() for name in wanted):
             break
-    text = read_text(annotations, "--data-dir must hold annotations/, train2017/ and val2017/")
+    else:
+        raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017.json, "
+                        "annotations/captions_val2017.json, train2017/ and val2017/ (or all of 2014)")
+    source = data_dir / "annotations" / f"captions_{part}{year}.json"
     paths = {}
-    texts = {}
+    captions = {}
+    unlisted = 0
     try:
-        content = json.loads(text)
+        content = json.loads(read_text(source))
         for image in content["images"]:
-            paths[image["id"]] = data_dir / f"{split}{year}" / image["file_name"]
+            paths[image["id"]] = str(data_dir / f"{part}{year}" / image["file_name"])
         for annotation in content["annotations"]:
-            path = paths[annotation["image_id"]]
-            texts.setdefault(path, []).append(annotation["caption"] or "")
-            texts[path][-1].strip()  # a caption that is no text is an error here
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{annotations}: not COCO captions ({type(e).__name__}: {e}); "
+            if annotation["image_id"] in paths:
+                text = annotation["caption"] or ""
+                captions.setdefault(paths[annotation["image_id"]], []).append(text + "")
+            else:
+                unlisted += 1
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{source}: not COCO captions ({type(e).__name__}: {e}); "
                         "unpack it again") from None
-    return without_empty(texts, annotations), annotations
+    if unlisted:
+        note(f"{source}: {unlisted} captions of images that it does not list skipped")
+    return captions, source
 
 
-def captions_file(data_dir, split):
-    """-> {path: [caption, ...]}, the file they are from."""
-    tables = [data_dir / "captions.txt", *sorted(data_dir.glob("*.csv"))]
-    table = next((path for path in tables if path.exists()), tables[0])
-    text = read_text(table, "--data-dir must hold captions.txt or a .csv: image,caption")
-    rows = csv.DictReader(io.StringIO(text), strict=True)
-    texts = {}  # name of the image -> its captions
+# ------------------------------------------------------------------------------------------------
+# captions: a table of your own, or Flickr8k, Flickr30k and Karpathy's splits as downloaded
+
+PICTURES = ["image", "image_name", "file_name", "filename", "filepath", "name"]  # columns
+CAPTIONS = ["caption", "comment", "text", "title", "sentence"]  # the first that is there
+FOLDERS = ["", "Images", "images", "Flicker8k_Dataset", "flickr30k_images"]  # of pictures
+SPLITS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
+          "dev": "val", "test": "test"}
+
+
+class Row(NamedTuple):
+    """Of a table: a picture's name, its captions, its split ("" = not said), the line's number."""
+
+    picture: str
+    captions: list
+    split: str
+    line: int
+
+
+def captions_table(data_dir, part):
+    """-> {path: [caption, ...]}, the file they are from.
+
+    Which file: data_dir itself if it is one; train.csv and test.csv (or val.csv), the two splits;
+    captions.txt; captions.csv; else the only table there is.
+    Which split: what the table's split column, Karpathy's file or Flickr8k's lists say: train and
+    restval are learned from; test is evaluated on, or val where there is no test. Else a hash of a
+    picture's name chooses one in ten to evaluate on.
+    """
+    folder = data_dir if data_dir.is_dir() else data_dir.parent
+    subfolders = [path for path in folder.iterdir() if path.is_dir()]
+    listed = flickr8k_lists(folder)
+    paths = {}  # of each picture's name
+    captions = {}  # of each path
+    splits = {}  # of each path
+    for table, of_table in find_tables(data_dir).items():
+        for row in read_table(table):
+            name = posixpath.normpath(row.picture.strip().replace("\\", "/"))
+            if name not in paths:
+                paths[name] = find_picture(name, folder, subfolders)
+            path = paths[name]
+            captions.setdefault(path, []).extend(row.captions)
+            split = of_table or row.split or listed.get(name, "")
+            if splits.setdefault(path, split) != split:
+                raise UserError(f"{table}: line {row.line}: {name} is in two splits, {split} and "
+                                f"{splits[path]}; take it out of one")
+    learned = {path for path in captions if splits[path] == "train"}
+    tested = {path for path in captions if splits[path] == "test"}
+    tested = tested or {path for path in captions if splits[path] == "val"}
+    if not any(splits.values()):
+        tested = {paths[name] for name in held_out(paths)}
+        learned = captions.keys() - tested
+    if not learned or not tested:
+        raise UserError(f"{table}: {len(learned)} pictures to learn from and {len(tested)} to evaluate "
+                        "on; give at least one of each")
+    return {path: captions[path] for path in (learned if part == "train" else tested)}, table
+
+
+def find_tables(data_dir):
+    """-> {table: the split it holds, "" = it holds both}."""
+    if data_dir.is_file():
+        return {data_dir: ""}
+    files = {path.name.lower(): path for path in sorted(data_dir.iterdir())}
+    for name in ("test.csv", "val.csv"):
+        if "train.csv" in files and name in files:
+            return {files["train.csv"]: "train", files[name]: "test"}
+    for name in ("captions.txt", "captions.csv"):
+        if name in files:
+            return {files[name]: ""}
+    kinds = r"[^.].*\.(csv|tsv)|.*(?<!lemma)\.token\.txt|dataset_.*\.json"
+    found = [path for name, path in files.items() if re.fullmatch(kinds, name)]
+    if len(found) == 1:
+        return {found[0]: ""}
+    names = ", ".join(path.name for path in found) or "none; its first line must be image,caption"
+    raise UserError(f"{data_dir}: one table of captions is needed, there is {names}; name it: "
+                    f"--data-dir {data_dir / 'TABLE'}")
+
+
+def read_table(path):
+    """A table of any kind -> its Rows."""
+    text = read_text(path)
+    if path.suffix.lower() == ".json":
+        return karpathy_rows(path, text)
+    if re.match(r"[^\t\n]+#\d+\t", text):
+        return token_rows(path, text)
+    return column_rows(path, text)
+
+
+def karpathy_rows(path, text):
+    """Karpathy's dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json."""
     try:
-        if not {"image", "caption"} <= set(rows.fieldnames or ()):
-            raise UserError(f"{table}: the first line must be image,caption, not {rows.fieldnames}")
-        for row in rows:
-            if None in row or "\n" in (row["image"] or ""):
-                raise csv.Error("too many columns, or a name of two lines")
-            image = Path((row["image"] or "").strip()).as_posix()  # ./a.jpg and a.jpg are one
-            texts.setdefault(image, []).append(row["caption"] or "")
+        for image in json.loads(text)["images"]:
+            name = posixpath.join(image.get("filepath", ""), image["filename"])
+            captions = [sentence["raw"] + "" for sentence in image["sentences"]]
+            yield Row(name, captions, SPLITS[image["split"]], 0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}: not as Karpathy's files are ({type(e).__name__}: {e}); get it "
+                        "again") from None
+
+
+def token_rows(path, text):
+    """Flickr8k.token.txt: lines of name.jpg#0<TAB>caption. One of its names ends in .jpg.1."""
+    for number, line in enumerate(text.split("\n"), 1):
+        match = re.fullmatch(r"(.+?)(\.\d+)?#\d+\t(.*)", line)
+        if match:
+            yield Row(match[1], [match[3]], "", number)
+        elif line.strip():
+            raise UserError(f"{path}: line {number} is not name#number<TAB>caption; mend it")
+
+
+def flickr8k_lists(folder):
+    """Flickr_8k.trainImages.txt and .testImages.txt -> {picture: split}, {} if one is missing."""
+    lists = {split: folder / f"Flickr_8k.{split}Images.txt" for split in ("train", "test")}
+    splits = {}
+    if all(path.is_file() for path in lists.values()):
+        for split, path in lists.items():
+            splits.update(dict.fromkeys(read_text(path).split(), split))
+    return splits
+
+
+def column_rows(path, text):
+    """A table with a header line: a column of pictures, one or more of captions, maybe a split."""
+    def wrong(line, why):
+        return UserError(f"{path}: line {line}: {why}")
+
+    delimiter = max(",|;\t", key=text.split("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    rows = []  # the line that each starts at, and its cells
+    line = 1
+    try:
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                rows.append((line, cells))
+            line = reader.line_num + 1
     except csv.Error as e:
-        raise UserError(f"{table}: line {rows.reader.line_num} is not CSV ({e}); "
-                        "quote captions that hold commas or quotes") from None
-    folder = data_dir
-    for name in ("Images", "images"):
-        if (data_dir / name).is_dir():
-            folder = data_dir / name
-    unseen = held_out(texts)
-    own = {folder / name: texts[name] for name in texts if (name in unseen) == (split == "val")}
-    return without_empty(own, table), table
+        raise wrong(line, f"{e}: a quote is not closed, or not doubled within a caption") from None
+    header = [re.sub(r"[ _]?\d+$", "", name.strip().lower()) for name in rows[0][1]] if rows else []
+    pictures = [header.index(name) for name in PICTURES if name in header]
+    kind = next((name for name in CAPTIONS if name in header), None)
+    if not pictures or not kind:
+        raise wrong(1, f"must name the columns, such as image,caption, not {header!s:.80}")
+    for line, cells in rows[1:]:
+        if header[1:] == ["comment_number", "comment"] and delimiter == "|" and len(cells) == 2:
+            cells = [cells[0], *re.findall(r"^\s*(\d+)\s+(.+)", cells[1])[0]]  # Flickr30k has such a row
+        if len(cells) != len(header):
+            raise wrong(line, f"{len(cells)} cells, but {len(header)} columns; quote captions that "
+                              f"hold {delimiter!r} or a line break")
+        picture = cells[pictures[0]].strip()
+        ending = posixpath.splitext(picture)[1]
+        for cell in cells:
+            for name in "\n".join(cell.split("\n")[1:]).replace("\n", delimiter).split(delimiter):
+                if ending and name.strip().endswith(ending):
+                    raise wrong(line, f"a quote is opened here and closed behind {name.strip()}; "
+                                      "double it or take it out")
+        if not picture:
+            raise wrong(line, "no picture's name")
+        split = ""
+        if "split" in header:
+            split = cells[header.index("split")].strip().lower()
+            if split not in SPLITS:
+                raise wrong(line, f"the split is {split!r}; write train, val or test")
+        captions = [cell for name, cell in zip(header, cells) if name == kind]
+        yield Row(picture, captions, SPLITS[split] if split else "", line)
+
+
+def find_picture(name, folder, subfolders):
+    """Path of a picture: the name below the folder, or below one of FOLDERS there, or below the
+    only subfolder that holds it. (An absolute name is its own path.)
+    """
+    for known in FOLDERS:
+        path = os.path.join(folder, known, name)
+        if os.path.isfile(path):
+            return path
+    holders = [other for other in subfolders if os.path.isfile(os.path.join(other, name))]
+    return os.path.join(holders[0] if len(holders) == 1 else folder, name)
 
 
 def held_out(names):
-    """About one name in ten, by a hash of it, for evaluation. Adding files moves none across, but
-    for the first that is chosen where there was none (one name at least is).
+    """About one name in ten for evaluation, at least one, by a hash of it.
+
+    Of the name below the folder that all have in common: moving them changes nothing. Adding files
+    moves none across, but for one that was chosen because there was no other.
     """
-    digest = {name: hashlib.sha256(name.encode()).digest() for name in names}
+    try:
+        root = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    except ValueError:  # no names, or absolute and relative ones
+        root = ""
+    digest = {}
+    for name in names:
+        below = posixpath.relpath(name, root) if root else name
+        digest[name] = hashlib.sha256(below.encode()).digest()
     chosen = {name for name in names if digest[name][0] < 26}
     return chosen or {min(names, key=digest.get, default=None)}
 
@@ -738,7 +949,7 @@ def thumbnails(images):
     """images (N, 3, H, W) uint8 -> (N, 192): 8 x 8 pixels, brightness and contrast taken off."""
     parts = []
     for i in range(0, len(images), 2000):
-        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 2000])).float()
+        x = torch.from_numpy(np.array(images[i:i + 2000])).float()
         x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
         parts.append(F.normalize(x - x.mean(1, keepdim=True)))
     return torch.cat(parts)
