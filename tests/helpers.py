@@ -2,8 +2,7 @@
 
 hypothesis draws the structure of a case, torch fills in values from its seed.
 """
-import functools
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from unittest import mock
@@ -17,8 +16,8 @@ from hypothesis import strategies as st
 from coca import BEGIN, END, PAD, CoCa, CoCaConfig
 from data import UserError
 
-VOCAB, TEXT_LEN = 13, 9
-
+VOCAB = 13
+TEXT_LEN = 9
 
 # Processes from a server that has imported the slow modules already
 processes = get_context("forkserver")
@@ -80,6 +79,14 @@ class Case:
             row[n - 1] = END
         return tokens
 
+    def example(self, extra=0, dtype=torch.float32, **changes):
+        """-> model, images, tokens."""
+        return self.model(dtype, **changes), self.images(dtype), self.tokens(extra)
+
+    def cut(self):
+        """A place in every text, behind BEGIN, at END at the latest."""
+        return 1 + self.seed % (min(self.lengths) - 1)
+
 
 def cases(shortest=3, longest=TEXT_LEN, rows=3):
     lengths = st.lists(st.integers(shortest, longest), min_size=2, max_size=rows)
@@ -96,32 +103,29 @@ CONTROL = Case(seed=1, lengths=[6, 9, 4], pooler="cascade", n_query=3)
 fails = pytest.raises(AssertionError)  # for controls: with fails: check_...(a broken model)
 
 
-def instead_of(owner, name):
-    """Makes a function a patch: inside `with` it stands in the place of owner.name."""
-    return functools.partial(mock.patch.object, owner, name)
-
-
-def holds_unless(*broken, drawn=(cases(),), control=(CONTROL,)):
-    """Makes a test of a function of drawn values.
-
-    It must hold for all of them. With each of these patches it must fail on `control`.
-    """
+def holds_unless(**broken):
+    """Makes a check of a case a test: it must pass on all, and fail with each of these patches."""
     def decorate(check):
         def test(patch):
             if patch is None:
-                check(*control)
-                given(*drawn)(check)()
+                check(CONTROL)
+                given(cases())(check)()
             else:
                 with patch, fails:
-                    check(*control)
+                    check(CONTROL)
 
-        names = ["holds"] + [f"unless {patch.new.__name__}" for patch in broken]
-        return pytest.mark.parametrize("patch", [None, *broken], ids=names)(test)
+        names = ["holds"] + [f"unless {name}" for name in broken]
+        return pytest.mark.parametrize("patch", [None, *broken.values()], ids=names)(test)
 
     return decorate
 
 
 # To look into a model
+
+
+def words_of(tokens):
+    """Where a token is neither END nor padding."""
+    return (tokens != PAD) & (tokens != END)
 
 
 def logits_of(model, images, tokens):
@@ -161,17 +165,11 @@ def record_embedding(model):
 
 
 @contextmanager
-def counted(*functions):
-    """Yields a dict that says, after the block, how often each (owner, name) was called in it."""
-    calls = {}
-    patches = []
-    for owner, name in functions:
-        original = getattr(owner, name)
-        patches.append(mock.patch.object(owner, name, autospec=True, side_effect=original))
-    doubles = [patch.start() for patch in patches]
-    try:
-        yield calls
-    finally:
-        for patch, double, (_, name) in zip(patches, doubles, functions):
-            patch.stop()
-            calls[name] = double.call_count
+def counting(*functions):
+    """Yields doubles of functions (owner, name), which do the same and have a call_count."""
+    with ExitStack() as stack:
+        doubles = []
+        for owner, name in functions:
+            double = mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+            doubles.append(stack.enter_context(double))
+        yield doubles

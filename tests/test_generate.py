@@ -1,19 +1,21 @@
 """Greedy generation is the argmax under teacher forcing, sampling keeps to its sets."""
+import math
+
 import pytest
 import torch
-from helpers import CONTROL, VOCAB, cases, fails
+from helpers import CONTROL, VOCAB, cases, fails, logits_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coca import BEGIN, END, PAD, choose
+from coca import BEGIN, END, PAD, sample
 
 
 def check_greedy(case, shift=0):
     """Every token is the likeliest after those before it, up to the first END or PAD."""
-    model, images = case.model(), case.images()
+    model, images, _ = case.example()
     tokens = model.generate(images)
     assert tokens.shape[1] <= model.config.text_len
-    for row, logits in zip(tokens, model(images, tokens).logits):
+    for row, logits in zip(tokens, logits_of(model, images, tokens)):
         n = int((row != PAD).sum())
         assert row[0] == BEGIN and END not in row[:n - 1] and (row[n:] == PAD).all()
         for t in range(1, n):
@@ -29,12 +31,14 @@ def test_greedy_generation_is_the_argmax_under_teacher_forcing_to_the_last_token
 
 @given(cases(), st.integers(2, 12))
 def test_a_caption_depends_neither_on_max_len_nor_on_the_rest_of_the_batch(case, max_len):
-    model, images = case.model(), case.images()
+    model, images, _ = case.example()
     together = model.generate(images)
-    assert torch.equal(model.generate(images, max_len=max_len), together[:, :max_len])
+    assert torch.equal(model.generate(images, max_len), together[:, :max_len])
     for image, row in zip(images, together):
         alone = model.generate(image[None])[0]
         assert torch.equal(alone, row[:len(alone)]) and (row[len(alone):] == PAD).all()
+    for temperature in (0.0, 1.0):
+        assert len(model.generate(images[:0], max_len, temperature)) == 0
 
 
 @torch.no_grad()
@@ -55,7 +59,7 @@ def check_sampling(seed, k, top_p, temperature, allowed_k, allowed_p):
     logits = torch.randn(4, VOCAB, generator=generator)
     p = (logits / temperature).softmax(-1)
     for _ in range(5):
-        for row, token in zip(p, choose(logits, temperature, k, top_p, generator)):
+        for row, token in zip(p, sample(logits, temperature, k, top_p, generator)):
             likelier = row[row > row[token]]
             assert len(likelier) < allowed_k and likelier.sum() < allowed_p + 1e-6
 
@@ -73,18 +77,23 @@ def test_control_logits_shifted_by_one_and_tokens_outside_top_k_or_top_p_are_cau
             check_sampling(0, 0, 1.0, 1.0, allowed_k, allowed_p)
 
 
-def test_sampling_follows_the_distribution_and_repeats_with_its_generator():
+def test_sampling_follows_the_distribution_of_what_it_keeps_and_repeats_with_its_generator():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(6000, 3)
-    drawn = choose(logits, 0.5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, choose(logits, 0.5, generator=torch.Generator().manual_seed(0)))
-    share = torch.bincount(drawn, minlength=3) / 6000
-    torch.testing.assert_close(share, (logits[0] / 0.5).softmax(-1), atol=0.02, rtol=0)
+    p = (logits[0] / 0.5).softmax(-1)                                   # 0.02, 0.12, 0.87
+    for settings, kept in ((dict(), 3), (dict(top_k=2), 2), (dict(top_p=0.9), 2)):
+        drawn = sample(logits, 0.5, generator=torch.Generator().manual_seed(0), **settings)
+        again = sample(logits, 0.5, generator=torch.Generator().manual_seed(0), **settings)
+        assert torch.equal(drawn, again)
+        share = torch.bincount(drawn, minlength=3)[-kept:] / 6000
+        torch.testing.assert_close(share, p[-kept:] / p[-kept:].sum(), atol=0.02, rtol=0)
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1e-4, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.01)):
-        assert (choose(logits, temperature, top_k, top_p) == 2).all()
+        assert (sample(logits, temperature, top_k, top_p) == 2).all()
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(max_len=0)])
+    dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0.0),
+    dict(top_p=1.5), dict(top_p=math.nan), dict(max_len=0)])
 def test_senseless_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}.*, not .*{value}"):
         CONTROL.model().generate(CONTROL.images(), **wrong)

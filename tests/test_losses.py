@@ -1,4 +1,4 @@
-"""Eqs. (2), (3) and (4) against slow loops written from them, symmetries and reference points."""
+"""Eqs. (2), (3) and (4) against slow loops written from them, and what one step runs and trains."""
 import dataclasses
 import math
 from unittest import mock
@@ -6,29 +6,31 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, VOCAB, cases, fails
+from helpers import CONTROL, VOCAB, cases, counting, fails, logits_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 import coca
-from coca import PAD, captioning_loss, contrastive_loss
+from coca import PAD, CoCa, captioning_loss, contrastive_loss
 
-seeds, temperatures = st.integers(0, 10_000), st.floats(0.01, 1.0)
+seeds = st.integers(0, 10_000)
+captions = st.lists(st.integers(0, 5), min_size=1, max_size=7)
+temperatures = st.floats(0.01, 1.0)
 
 # Eq. (2)
 
 
-def slow_contrastive(x, y, s, ids):
-    """Eq. (2) term by term. Identical captions share the target, and its entropy is taken off."""
-    N, total = len(x), 0.0
+def slow_contrastive(x, y, s, ids, rows):
+    """Eq. (2) term by term. Equal captions share the target, and its entropy is taken off."""
+    total = 0.0
     for a, b in ((x, y), (y, x)):
-        for i in range(N):
-            positives = [j for j in range(N) if ids[j] == ids[i]]
-            z = sum(math.exp(a[i] @ b[j] / s) for j in range(N))
+        for i in rows:
+            exponentials = [math.exp(a[i] @ b[j] / s) for j in range(len(b))]
+            positives = [j for j in range(len(b)) if ids[j] == ids[i]]
             for j in positives:
-                total -= math.log(math.exp(a[i] @ b[j] / s) / z) / len(positives)
+                total -= math.log(exponentials[j] / sum(exponentials)) / len(positives)
             total -= math.log(len(positives))
-    return total / N
+    return total / len(rows)
 
 
 def embeddings(seed, N):
@@ -36,36 +38,48 @@ def embeddings(seed, N):
     return F.normalize(torch.randn(2, N, 5, generator=generator, dtype=torch.float64), dim=-1)
 
 
-def check_contrastive(seed, ids, s, loss=contrastive_loss):
+def check_contrastive(loss, x, y, s, ids, rows):
+    assert loss.dtype == torch.float64  # that of the embeddings
+    assert loss.item() == pytest.approx(slow_contrastive(x, y, s, ids, rows), abs=1e-12)
+
+
+@given(seeds, captions, temperatures, st.integers(1, 7))
+def test_contrastive_loss_equals_equation_2_and_its_shares_add_up(seed, ids, s, size):
     x, y = embeddings(seed, len(ids))
-    got = loss(x, y, s, torch.tensor(ids))
-    assert got.dtype == torch.float64  # that of the embeddings
-    assert got.item() == pytest.approx(slow_contrastive(x, y, s, ids), abs=1e-12)
+    ids = torch.tensor(ids)
+    whole = contrastive_loss(x, y, s, ids)
+    check_contrastive(whole, x, y, s, ids, range(len(ids)))
+    total = 0
+    for rows in torch.arange(len(ids)).split(size):
+        share = contrastive_loss(x, y, s, ids, rows)
+        check_contrastive(share, x, y, s, ids, rows)
+        total += share * len(rows) / len(ids)
+    torch.testing.assert_close(total, whole)
 
 
-@given(seeds, st.lists(st.integers(0, 5), min_size=1, max_size=7), temperatures)
-def test_contrastive_loss_equals_equation_2(seed, ids, s):
-    check_contrastive(seed, ids, s)
-    check_contrastive(seed, list(range(7)), s, lambda x, y, s, ids: contrastive_loss(x, y, s))
-
-
-@pytest.mark.parametrize("wrong", [
-    lambda x, y, s, ids: F.cross_entropy(x @ y.T / s, torch.arange(len(x))),  # one direction only
-    lambda x, y, s, ids: contrastive_loss(x, y, s, ids) / 2,  # averaged as in CLIP
-    lambda x, y, s, ids: contrastive_loss(x, y, 1 / s, ids),  # multiplied by the temperature
-    lambda x, y, s, ids: contrastive_loss(x, y.roll(1, 0), s, ids),  # other pairs
-    lambda x, y, s, ids: contrastive_loss(x, y, s),  # identical captions as each other's negatives
-    lambda x, y, s, ids: contrastive_loss(x.float(), y.float(), s, ids),
-])
-def test_control_wrong_contrastive_losses_are_caught(wrong):
-    with fails:
-        check_contrastive(0, [0, 1, 2, 1, 3], 0.3, wrong)
+def test_control_wrong_contrastive_losses_are_caught():
+    s = 0.3
+    x, y = embeddings(0, 5)
+    ids = torch.tensor([0, 1, 2, 1, 3])
+    right = contrastive_loss(x, y, s, ids)
+    for wrong in (
+        F.cross_entropy(x @ y.T / s, ids),  # one direction only
+        right / 2,  # averaged as in CLIP
+        contrastive_loss(x, y, 1 / s, ids),  # multiplied by the temperature
+        contrastive_loss(x, y.roll(1, 0), s, ids),  # other pairs
+        contrastive_loss(x, y, s, torch.arange(5)),  # equal captions as each other's negatives
+        right + 2 * 2 / 5 * math.log(2),  # the entropy of the target left in
+        contrastive_loss(x, y, s, ids, [0, 1, 2]),  # some rows only
+        contrastive_loss(x.float(), y.float(), s, ids),
+    ):
+        with fails:
+            check_contrastive(wrong, x, y, s, ids, range(5))
 
 
 @pytest.mark.parametrize("s", [1e-6, 0.01, 1.0, 1e6])
 def test_contrastive_loss_is_finite_at_every_temperature(s):
     x, y = embeddings(0, 4).float()
-    loss = contrastive_loss(x.requires_grad_(), y, s)
+    loss = contrastive_loss(x.requires_grad_(), y, s, torch.arange(4))
     loss.backward()
     assert loss.isfinite() and x.grad.isfinite().all()
 
@@ -84,35 +98,36 @@ def slow_captioning(logits, tokens):
     return sum(terms) / len(terms)
 
 
-def check_captioning(case, loss=captioning_loss):
-    tokens = case.tokens(extra=1)
-    logits = torch.randn(*tokens.shape, VOCAB, generator=torch.Generator().manual_seed(case.seed))
-    assert loss(logits, tokens).item() == pytest.approx(slow_captioning(logits, tokens), rel=1e-5)
+def check_captioning(loss, logits, tokens):
+    assert loss.item() == pytest.approx(slow_captioning(logits, tokens), rel=1e-5)
 
 
 @given(cases())
-def test_captioning_loss_equals_equation_3(case):
-    check_captioning(case)
+def test_the_captioning_loss_of_a_model_equals_equation_3(case):
+    model, images, tokens = case.example(extra=1)
+    check_captioning(model(images, tokens)[2], logits_of(model, images, tokens), tokens)
 
 
-def plain(logits, tokens, **how):
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), **how)
-
-
-@pytest.mark.parametrize("wrong", [
-    lambda logits, tokens: plain(logits, tokens, ignore_index=PAD),  # labels not shifted
-    lambda logits, tokens: plain(logits[:, :-1], tokens[:, 1:]),  # padding counted
-    lambda logits, tokens: plain(logits[:, 1:], tokens[:, :-1], ignore_index=PAD),  # backwards
-    lambda logits, tokens: captioning_loss(logits, tokens) * (tokens[:, 1:] != PAD).float().mean(),
-    lambda logits, tokens: captioning_loss(logits[:, :-2], tokens[:, :-2]),  # the end left out
-])
-def test_control_wrong_captioning_losses_are_caught(wrong):
-    with fails:
-        check_captioning(CONTROL, wrong)
+def test_control_wrong_captioning_losses_are_caught():
+    model, images, tokens = CONTROL.example(extra=1)
+    logits = logits_of(model, images, tokens)
+    now = tokens != PAD
+    follows = tokens[:, 1:] != PAD
+    cut = tokens[:, 1:-2] != PAD
+    share = follows.float().mean()
+    for wrong in (
+        captioning_loss(logits[now], tokens[now]),  # targets not shifted
+        captioning_loss(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()),  # padding counted
+        captioning_loss(logits[:, 1:][now[:, :-1]], tokens[:, :-1][now[:, :-1]]),  # backwards
+        captioning_loss(logits[:, :-3][cut], tokens[:, 1:-2][cut]),  # the end left out
+        model(images, tokens)[2] * share,  # a mean over all places
+    ):
+        with fails:
+            check_captioning(wrong, logits, tokens)
 
 
 def test_captioning_loss_of_no_target_is_0_and_not_nan():
-    assert captioning_loss(torch.zeros(2, 4, VOCAB), torch.zeros(2, 4, dtype=torch.long)) == 0
+    assert captioning_loss(torch.zeros(0, VOCAB), torch.zeros(0, dtype=torch.long)) == 0
 
 
 # Eq. (4), and one forward pass for both
@@ -120,17 +135,16 @@ def test_captioning_loss_of_no_target_is_0_and_not_nan():
 
 def check_total(model, case, lambda_con, lambda_cap):
     """The total is that of the two losses of one forward pass, weighted."""
-    images, tokens = case.images(), case.tokens()
+    images = case.images()
+    tokens = case.tokens()
     tokens[1] = tokens[0]  # two images with one caption
-    captions = tokens.tolist()
-    ids = torch.tensor([captions.index(caption) for caption in captions])
-    out, loss = model(images, tokens), model.losses(images, tokens)
-    assert out.logits.shape == (*tokens.shape, VOCAB)
-    cap = captioning_loss(out.logits, tokens)
-    con = contrastive_loss(out.image_embedding, out.text_embedding, model.temperature, ids)
-    torch.testing.assert_close(tuple(loss), (lambda_con * con + lambda_cap * cap, con, cap))
-    torch.testing.assert_close(model.embed_and_caption(images, tokens), (*out[:2], cap))
-    torch.testing.assert_close((model.encode_image(images), model.encode_text(tokens)), out[:2])
+    texts = tokens.tolist()
+    ids = torch.tensor([texts.index(text) for text in texts])
+    x, y, cap = model(images, tokens)
+    con = contrastive_loss(x, y, model.temperature, ids)
+    total = lambda_con * con + lambda_cap * cap
+    torch.testing.assert_close(tuple(model.losses(images, tokens)), (total, con, cap))
+    torch.testing.assert_close((model.encode_image(images), model.encode_text(tokens)), (x, y))
 
 
 @given(cases(), st.floats(0, 4), st.floats(0.1, 4))
@@ -139,11 +153,27 @@ def test_the_total_weighs_the_losses_of_one_forward_pass(case, lambda_con, lambd
     check_total(model, case, lambda_con, lambda_cap)
 
 
-def test_control_other_weights_are_caught():
-    check_total(CONTROL.model(), CONTROL, 1, 2)  # the paper's
-    for wrong in ((2, 2), (1, 1)):
+def test_control_other_weights_and_equal_captions_taken_for_different_are_caught():
+    model = CONTROL.model()
+    check_total(model, CONTROL, 1, 2)  # the paper's
+    for wrong in ((2, 2), (1, 1), (2, 1)):
         with fails:
-            check_total(CONTROL.model(), CONTROL, *wrong)
+            check_total(model, CONTROL, *wrong)
+    with mock.patch.object(coca, "caption_ids", return_value=torch.arange(3)), fails:
+        check_total(model, CONTROL, 1, 2)
+
+
+def calls_of_one_step(**lambdas):
+    model, images, tokens = CONTROL.example(**lambdas)
+    with counting((CoCa, "forward"), (coca, "captioning_loss"), (coca, "contrastive_loss"),
+                  (coca, "text_mask"), (coca, "causal_mask")) as functions:
+        model.losses(images, tokens)
+    return [function.call_count for function in functions]
+
+
+def test_a_step_runs_forward_both_losses_and_both_masks():
+    assert calls_of_one_step() == [1, 1, 1, 1, 2]  # each half of the decoder has a causal mask
+    assert calls_of_one_step(lambda_cap=0) == [1, 0, 1, 1, 1]  # a dual encoder has one half
 
 
 def trained_by(model, loss):
@@ -186,31 +216,30 @@ def test_each_loss_trains_its_parts_and_every_parameter_has_a_use(pooler, n_quer
 
 def check_half_precision():
     """Products in bfloat16; norms, embeddings, similarities, temperature, losses in float32."""
-    model, images, tokens = CONTROL.model(), CONTROL.images(), CONTROL.tokens()
-    dtypes, products, cross_entropy = [], [], F.cross_entropy
+    model, images, tokens = CONTROL.example()
+    outs = {torch.nn.LayerNorm: set(), torch.nn.Linear: set()}
 
-    def record(logits, *args, **how):
-        dtypes.append(logits.dtype)
-        return cross_entropy(logits, *args, **how)
+    def record(module, args, out):
+        outs[type(module)].add(out.dtype)
 
     for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda module, args, out: products.append(out.dtype))
-    with torch.autocast("cpu", torch.bfloat16), mock.patch.object(F, "cross_entropy", record):
-        image_embedding, text_embedding, _ = model.embed_and_caption(images, tokens)
-        losses = model.losses(images, tokens)
-        dtypes += [t.dtype for t in (image_embedding, text_embedding, model.temperature, *losses)]
-    assert set(products) == {torch.bfloat16}
-    assert set(dtypes) == {torch.float32}
+        if type(module) in outs:
+            module.register_forward_hook(record)
+    with torch.autocast("cpu", torch.bfloat16), counting((F, "cross_entropy")) as (entropy,):
+        results = [*model(images, tokens), *model.losses(images, tokens), model.temperature]
+    assert outs == {torch.nn.LayerNorm: {torch.float32}, torch.nn.Linear: {torch.bfloat16}}
+    for t in results + [call.args[0] for call in entropy.call_args_list]:
+        assert t.dtype == torch.float32
 
 
 def test_half_precision_leaves_norms_similarities_and_losses_in_float32():
     check_half_precision()
-    normalize = F.normalize  # controls: embeddings or losses in half precision
-    with mock.patch.object(F, "normalize", lambda x, dim: normalize(x, dim=dim).bfloat16()), fails:
-        check_half_precision()
-    bare = lambda logits, targets: F.cross_entropy(logits, targets)  # noqa: E731
-    with mock.patch.object(coca, "next_token_loss", bare), fails:
-        check_half_precision()
+    normalize = F.normalize
+
+    def halved(x, dim):
+        return normalize(x, dim=dim).bfloat16()
+
+    for patch in (mock.patch.object(F, "normalize", halved),
+                  mock.patch.object(coca, "captioning_loss", F.cross_entropy)):
+        with patch, fails:  # control
+            check_half_precision()
