@@ -1,0 +1,155 @@
+"""Near-copies of evaluation images among the training images (Sec. 4.1).
+
+    python -m experiments.dedup --data cifar10 --data-dir DIR --show pairs.png   which there are
+    python -m experiments.dedup --data cifar10 --data-dir DIR --measure          planted copies:
+                                           recall and precision, from which data.THRESHOLD is chosen
+"""
+import argparse
+import io
+import sys
+import time
+
+import numpy as np
+
+from data import NAMES, THRESHOLD, UserError, load, near_duplicates, new_file, pillow
+
+# ------------------------------------------------------------------------------------------------
+# Which copies there are
+
+
+def contact_sheet(left, right):
+    """Images (n, 3, S, S), twice -> a Pillow image, a pair a line, three times as large."""
+    pairs = np.concatenate([left, right], 3).transpose(0, 2, 3, 1)      # (n, S, 2 S, 3)
+    sheet = pillow().fromarray(np.concatenate(list(pairs)))
+    return sheet.resize((3 * sheet.width, 3 * sheet.height))
+
+
+def find(data, evaluation, threshold, mirrored, show=None):
+    """Prints how many copies there are, and the 10 nearest; show: a file for the 24 nearest."""
+    nearest, similarity, copied = near_duplicates(data.images, evaluation.images, threshold,
+                                                  mirrored)
+    print(f"{(nearest >= 0).sum():,} of {len(data):,} training images are near-duplicates "
+          f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
+    top = similarity.argsort(kind="stable")[::-1][:24]
+    top = top[nearest[top] >= 0]
+    for i in top[:10]:
+        print(f"{similarity[i]:.3f}  train {i}: {data.captions[i][0]}"
+              f"  |  evaluation {nearest[i]}: {evaluation.captions[nearest[i]][0]}")
+    if show and not len(top):
+        print(f"nothing to show: {show} is not made")
+    elif show:
+        sheet = contact_sheet(data.images[top], evaluation.images[nearest[top]])
+        try:
+            with open(show, "xb") as f:
+                sheet.save(f, "PNG")
+        except OSError as e:
+            raise UserError(f"{show}: cannot be written ({e}); give another --show") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# How well copies are found
+
+
+def plant_copies(images, rng):
+    """Images (N, 3, S, S) as their copies are found in the wild -> {kind: (N, 3, S, S)}."""
+    Image = pillow()
+    S = images.shape[-1]
+
+    def encode_again(image):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=50)
+        return Image.open(file)
+
+    def resize(image):
+        return image.resize((S * 3 // 4, S * 3 // 4)).resize((S, S))
+
+    def crop(image):
+        side = round(S * rng.uniform(0.88, 1))
+        left, top = rng.integers(0, S - side + 1, 2)
+        box = (left, top, left + side, top + side)
+        return image.crop(box).resize((S, S), Image.Resampling.BICUBIC)
+
+    def brighten(image):
+        contrast = rng.uniform(0.8, 1.2)
+        shift = rng.uniform(-30, 30)
+        return image.point(lambda value: contrast * value + shift)
+
+    def mirror(image):
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+    kinds = {"re-encoded": encode_again, "resized": resize, "cropped": crop, "brightness": brighten,
+             "mirrored": mirror}
+    copies = {}
+    for kind, change in kinds.items():
+        changed = []
+        for pixels in images:
+            image = change(Image.fromarray(pixels.transpose(1, 2, 0)))
+            changed.append(np.asarray(image).transpose(2, 0, 1))
+        copies[kind] = np.stack(changed)
+    return copies
+
+
+def measure(data, evaluation, mirrored, most=1000):
+    """Plants copies of at most that many evaluation images; prints recall, precision, seconds."""
+    planted = plant_copies(evaluation.images[:most], np.random.default_rng(0))
+    n = len(planted["mirrored"])
+    images = np.concatenate([data.images, *planted.values()])
+    began = time.perf_counter()
+    nearest, similarity, _ = near_duplicates(images, evaluation.images, 0.9, mirrored)
+    seconds = time.perf_counter() - began
+    right = nearest[len(data):].reshape(-1, n) == np.arange(n)          # (kinds, n)
+    print("threshold  precision  recall: " + "  ".join(planted))
+    for threshold in (0.9, 0.92, 0.94, 0.95, 0.955, 0.96, 0.97, 0.98, 0.99):
+        found = similarity > threshold
+        hits = right & found[len(data):].reshape(-1, n)                 # (kinds, n)
+        precision = hits.sum() / max(1, found.sum())
+        recalls = " ".join(f"{recall:10.1%}" for recall in hits.mean(1))
+        print(f"{threshold:9} {precision:10.1%}          {recalls}")
+    print("(precision: other training images found count as wrong, though some are real copies)")
+    print(f"{len(images):,} images against {len(evaluation):,}: {seconds:.1f} s")
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                prog="python -m experiments.dedup", usage="%(prog)s [options]")
+    p.add_argument("--data", choices=NAMES, default="shapes")
+    p.add_argument("--data-dir")
+    p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
+    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
+    p.add_argument("--threshold", type=float,
+                   help=f"least cosine of thumbnails, between 0 and 1 (default: {THRESHOLD})")
+    p.add_argument("--show", metavar="FILE.png", type=new_file,
+                   help="draw the 24 nearest pairs there: training image, evaluation image")
+    p.add_argument("--measure", action="store_true",
+                   help="plant copies instead; print how many are found at several thresholds")
+    args = p.parse_args(argv)
+    if args.size < 1:
+        p.error(f"--size must be at least 1, not {args.size}")
+    if args.measure and (args.show or args.threshold is not None):
+        p.error("--measure tries its own thresholds and draws nothing; leave --threshold and --show out")
+    if args.threshold is None:
+        args.threshold = THRESHOLD
+    if not 0 < args.threshold < 1:
+        p.error(f"--threshold must be between 0 and 1, not {args.threshold}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data = load(args.data, args.data_dir, "train", args.size)
+    evaluation = load(args.data, args.data_dir, "val", args.size)
+    if args.measure:
+        measure(data, evaluation, args.mirrored)
+    else:
+        find(data, evaluation, args.threshold, args.mirrored, args.show)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
