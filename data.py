@@ -170,7 +170,8 @@ def pick(count, split, subset, val_from_train):
 CHARACTERS = map(chr, range(0x300, 0xFE30))
 MARKS = "".join(c for c in CHARACTERS if unicodedata.category(c).startswith("M"))
 # Thai, Lao, Khmer, kana and Han are written without blanks: each letter counts as a word
-LETTERS = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+LETTERS = "\u0e00-\u0eff\u1780-\u17ff\u3000-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff" \
+          "\uff00-\uffef\U00020000-\U000323af"
 OTHER = rf"(?:(?![{LETTERS}])[\w{MARKS}])+"
 # Numbers like 3.5; letters; words like t-shirt, with accents, and "man's" as man 's; punctuation
 WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{LETTERS}][{MARKS}]*|['’]?{OTHER}(?:-{OTHER})*|[^\w\s]")
