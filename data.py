@@ -752,8 +752,8 @@ def coco(data_dir, part):
 PICTURES = ["image", "image_name", "file_name", "filename", "filepath", "name"]  # columns
 CAPTIONS = ["caption", "comment", "text", "title", "sentence"]  # the first that is there
 FOLDERS = ["", "Images", "images", "Flicker8k_Dataset", "flickr30k_images"]  # of pictures
-SPLITS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
-          "dev": "val", "test": "test"}
+KINDS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
+         "dev": "val", "test": "test"}  # of splits
 
 
 class Row(NamedTuple):
@@ -839,7 +839,7 @@ def karpathy_rows(path, text):
         for image in json.loads(text)["images"]:
             name = posixpath.join(image.get("filepath", ""), image["filename"])
             captions = [sentence["raw"] + "" for sentence in image["sentences"]]
-            yield Row(name, captions, SPLITS[image["split"]], 0)
+            yield Row(name, captions, KINDS[image["split"]], 0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path}: not as Karpathy's files are ({type(e).__name__}: {e}); get it "
                         "again") from None
@@ -904,10 +904,10 @@ def column_rows(path, text):
         split = ""
         if "split" in header:
             split = cells[header.index("split")].strip().lower()
-            if split not in SPLITS:
+            if split not in KINDS:
                 raise wrong(line, f"the split is {split!r}; write train, val or test")
         captions = [cell for name, cell in zip(header, cells) if name == kind]
-        yield Row(picture, captions, SPLITS[split] if split else "", line)
+        yield Row(picture, captions, KINDS[split] if split else "", line)
 
 
 def find_picture(name, folder, subfolders):
