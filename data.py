@@ -558,7 +558,7 @@ def fetch(url, md5, folder):
 # Pictures in files
 
 # What Pillow may read. (All it knows would include PostScript, for which it starts a program)
-FORMATS = ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
+FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
 
 
 def to_rgb(image):
