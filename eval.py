@@ -17,7 +17,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from data import (
     new_file,
     note,
     read_image,
+    run_program,
     to_model,
     words,
 )
@@ -313,7 +313,8 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
         scores = {"captions exactly right": statistics.fmean(right)}
         for n, value in enumerate(bleu(candidates, references), 1):
             scores[f"BLEU-{n}"] = value
-        scores["CIDEr-D"] = cider_d(candidates, references)
+        name = "CIDEr-D" if len(captions) > 1 else "CIDEr-D (of one image always 0)"
+        scores[name] = cider_d(candidates, references)
         return scores
 
     half = len(captions) // 2
@@ -492,10 +493,10 @@ ZERO_SHOT = {"zero-shot": zero_shot_task, "retrieval": retrieval_task, "captioni
 TASKS = {**ZERO_SHOT, "frozen": frozen_task, "finetuned": finetuned_task}
 
 
-def evaluate(model, tokenizer, settings, tasks=ZERO_SHOT, strict=False):
+def evaluate(model, tokenizer, settings, tasks=ZERO_SHOT, strict=False, notes=True):
     """Runs tasks {name: function} -> {what: {"score": ..., "chance": ...}}, printed as it comes.
 
-    R@5 and BLEU-1 to 3 are not printed. A task that lacks something is left out with a note;
+    R@5 and BLEU-1 to 3 are not printed. A task that lacks something is left out, with a note;
     strict: it is a UserError.
     """
     model.eval()
@@ -509,7 +510,8 @@ def evaluate(model, tokenizer, settings, tasks=ZERO_SHOT, strict=False):
         except UserError as e:
             if strict:
                 raise UserError(f"{name}: {e}") from None
-            note(f"{name} left out: {e}")
+            if notes:
+                note(f"{name} left out: {e}")
             continue
         seconds = f"{time.perf_counter() - began:9.1f}"
         for what, (score, chance) in found.items():
@@ -522,7 +524,7 @@ def evaluate(model, tokenizer, settings, tasks=ZERO_SHOT, strict=False):
 
 def as_text(what, value):
     """A score as it is printed: a share in per cent, CIDEr-D and cosines (find) as they are."""
-    return f"{value:.3f}" if what in ("CIDEr-D", "find") else f"{value:.2%}"
+    return f"{value:.3f}" if what.startswith(("CIDEr-D", "find")) else f"{value:.2%}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -705,16 +707,15 @@ def pick_device(name):
 
 
 def write_new(path, text):
-    """Writes a file that was not there. A name in the text may be no Unicode."""
+    """Writes a file that was not there, or nothing. A name in the text may be no Unicode."""
     try:
         with open(path, "x", encoding="utf-8", errors="replace") as f:
             f.write(text)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e})") from None
+        if not isinstance(e, FileExistsError):
+            Path(path).unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

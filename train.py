@@ -15,6 +15,7 @@
 """
 import argparse
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -43,6 +44,7 @@ from coca import (
     count_parameters,
 )
 from data import (
+    CIFAR,
     NAMES,
     Batches,
     Tokenizer,
@@ -50,6 +52,7 @@ from data import (
     fingerprint,
     load,
     note,
+    run_program,
     to_model,
     without_duplicates,
 )
@@ -61,12 +64,12 @@ from eval import FORMAT, evaluate, load_checkpoint, pick_device
 # What the data change. The paper's learning rate is 8e-4 (Sec. 4.1), for models a hundred times as
 # large and 500,000 steps. Those of shapes, cifar10 and captions were chosen on training images kept
 # apart (--val-from-train); cifar100 and coco take them over.
-CIFAR = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
+CIFARS = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
 CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
 PRESETS = {
     "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, patch_size=8),
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
+    "cifar10": CIFARS,
+    "cifar100": CIFARS,
     "coco": CAPTIONS,
     "captions": CAPTIONS,
 }
@@ -117,7 +120,7 @@ def parse_args(argv=None):
     flag("--n-multi", type=at_least(1), help="multimodal decoder layers, Table 8d")
     flag("--encoder-layers", type=at_least(0), help="0 = no encoder, patches go straight on")
     flag("--image-size", type=at_least(1), help="pixels a side")
-    flag("--seed", type=at_least(0), default=0, help="of weights, order and scenes")
+    flag("--seed", type=at_least(0, high=2**32), default=0, help="of weights, order and scenes")
     flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
     flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
     flag("--resume", action="store_true", help="go on with the run in --out")
@@ -244,7 +247,7 @@ def main(argv=None):
                 sys.exit(128 + stopped[0])
             print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
                   f"{rows[-1][SECONDS]:.0f} s of training on {s.device}")
-            evaluate(model, tokenizer, vars(s))
+            evaluate(model, tokenizer, vars(s), notes=False)
             print(f"saved: {s.out}/checkpoint.pt, {s.out}/metrics.csv")
             if s.lambda_cap:
                 print(f"next:  python eval.py {shlex.quote(s.out)}/checkpoint.pt --image YOUR.jpg")
@@ -289,6 +292,8 @@ def check_flags(p, given):
         p.error("--fresh needs --init, the checkpoint that gives the other parts")
     if given.config and given.init:
         p.error("--init brings its own sizes; leave --config out")
+    if given.download and given.data not in CIFAR:
+        p.error("--download fetches CIFAR only; get other data yourself, and name them by --data-dir")
 
 
 def check_settings(p, s, source):
@@ -305,12 +310,12 @@ def check_settings(p, s, source):
         p.error(str(e))
 
 
-def at_least(low, kind=int):
-    """For argparse: a number that is not below `low`."""
+def at_least(low, kind=int, high=math.inf):
+    """For argparse: a number from low to below high."""
     def parse(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below {high}, not {text}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
@@ -332,12 +337,11 @@ def join_processes(s):
     backend = "gloo"  # CPUs, or one GPU that all share: --device cuda:0
     if world > 1 and s.device == "cuda":
         backend = "nccl"
-        number = int(os.environ["LOCAL_RANK"])
         count = torch.cuda.device_count()
-        if number >= count:
-            raise UserError(f"no GPU is left for process {number} of this machine; start {count} "
-                            "at most, or add --device cuda:0 to share one")
-        s.device = f"cuda:{number}"
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
+            raise UserError(f"{count} GPUs for more processes of this machine; start {count} at most, "
+                            "or add --device cuda:0 to share one")
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)
     if world > 1:
         dist.init_process_group(backend)
@@ -646,12 +650,14 @@ def save(s, model, tokenizer, optimizer, val, rows):
                       settings=settings, model=model.state_dict(),
                       optimizer=optimizer.state_dict(), step=len(rows), metrics_names=METRICS,
                       metrics=metrics)
-    replace_file(Path(s.out) / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
+    content = io.BytesIO()  # (torch would report a full disk in words of its own)
+    torch.save(checkpoint, content)
+    replace_file(Path(s.out) / "checkpoint.pt", content.getbuffer())
     lines = [",".join(METRICS)]
     for row in rows:
         lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
     text = "\n".join([*lines, ""])
-    replace_file(Path(s.out) / "metrics.csv", lambda f: f.write(text.encode()))
+    replace_file(Path(s.out) / "metrics.csv", text.encode())
     return time.time() - began
 
 
@@ -673,26 +679,20 @@ def validate(s, model, tokenizer, val):
     return total.tolist()
 
 
-def replace_file(path, write):
-    """write(f) fills a file beside path, which then takes its place: there is never half a file."""
+def replace_file(path, content):
+    """Writes bytes into a file beside path that then takes its place: there is never half a file."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            write(f)
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        why = str(e).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({why}); the one before is untouched") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); the one before is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; --resume goes on from the last save, if there is one")
+    run_program(main)

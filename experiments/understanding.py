@@ -148,7 +148,7 @@ def decoder_states(model, images, tokens):
 
 def understand(model, tokenizer, s, data, kinds=1, recipe=UNDERSTANDING, learned=PAIRS_LEARNED):
     """Learns the first pairs of image and text -> accuracy on the others, and chance: the best
-    constant answer to each of the kinds of pairs, which are there in turn.
+    constant answer to each of the kinds of pairs, which stand in turn in data.
     """
     (images,), labels = tensors(data)
     tokens = tokenizer.encode([text for text, in data.captions], model.config.text_len)
@@ -156,7 +156,7 @@ def understand(model, tokenizer, s, data, kinds=1, recipe=UNDERSTANDING, learned
     test = (images[learned:], tokens[learned:]), labels[learned:]
     classifier = new_classifier(model, s, data)
     score = transfer(model, decoder_states, classifier, train, test, recipe, "understanding")
-    chance = [constant_answer(test[1][kind::kinds]) for kind in range(kinds)]
+    chance = [constant_answer(labels[kind::kinds]) for kind in range(kinds)]
     return score, np.mean(chance)
 
 

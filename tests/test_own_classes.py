@@ -1,4 +1,4 @@
-"""eval.py --labels and --find: pictures compared with the user's own words."""
+"""eval.py --image: captions of your pictures, or --labels and --find: your own words for them."""
 import json
 import math
 import re
@@ -16,105 +16,69 @@ from PIL import Image
 
 import eval as evaluation
 from data import Tokenizer, UserError
-from eval import check_texts, compare, embed_classes, embed_images, embed_texts, zero_shot
+from eval import caption, check_texts, compare, embed_images, embed_texts
 
 WORDS = ["a", "red", "blue", "green", "circle", "ring", "bar", "big", "cross"]
 TOKENIZER = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", *WORDS])
 LABELS = ["a red circle", "a blue ring", "a green bar", "red ring", "big blue cross"]
 NAMES = ["0.png", "1.png", "2.png", "3.png"]
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8)
 
 
-def some_images(seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (4, 3, 8, 8), np.uint8)
-
-
-# By hand, and against the definitions
-
-
-@pytest.fixture
-def by_hand(monkeypatch):
-    """A model that sees three colours, mixed in "both": cosines are exact."""
+def test_labels_and_find_by_hand(monkeypatch):
     table = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "both": [0.6, 0.8, 0]}
-    images = F.normalize(torch.tensor([[0.0, 1, 0], [1, 0, 0], [0.6, 0.8, 0]]), dim=-1)
 
-    def texts_by_hand(model, tokenizer, texts):
-        return torch.tensor([table[text] for text in texts]).float()
+    def look_up(model, *names):
+        return torch.tensor([table[name] for name in names[-1]]).float()
 
-    monkeypatch.setattr(evaluation, "embed_images", lambda model, given: images)
-    monkeypatch.setattr(evaluation, "embed_texts", texts_by_hand)
+    monkeypatch.setattr(evaluation, "embed_images", look_up)
+    monkeypatch.setattr(evaluation, "embed_texts", look_up)
     model = CONTROL.model()
     model.log_temperature.data.fill_(math.log(0.5))
-    return lambda labels, find: compare(model, TOKENIZER, images, ["b", "r", "both"], labels, find)
-
-
-def test_labels_and_find_by_hand(by_hand):
-    found = by_hand(["red", "blue"], ["both"])
+    pictures = ["blue", "red", "both"]
+    found = compare(model, TOKENIZER, pictures, pictures, ["red", "blue"], ["both", "green"])
     expected = 1 / (1 + math.exp(-1 / 0.5))  # of cosines 1 and 0, at temperature 0.5
-    assert found["labels"]["b"] == pytest.approx({"blue": expected, "red": 1 - expected})
-    assert found["labels"]["r"] == pytest.approx({"red": expected, "blue": 1 - expected})
-    assert list(found["labels"]["b"]) == ["blue", "red"]  # each picture's own label comes first
-    assert list(found["labels"]["r"]) == ["red", "blue"]
-    assert found["find"]["both"] == pytest.approx({"both": 1, "b": 0.8, "r": 0.6})
-    assert list(found["find"]["both"]) == ["both", "b", "r"]
+    assert found["labels"]["blue"] == pytest.approx({"blue": expected, "red": 1 - expected})
+    assert found["labels"]["red"] == pytest.approx({"red": expected, "blue": 1 - expected})
+    assert list(found["labels"]["blue"]) == ["blue", "red"]  # each picture's own label comes first
+    assert list(found["labels"]["red"]) == ["red", "blue"]
+    assert found["find"]["both"] == pytest.approx({"both": 1, "blue": 0.8, "red": 0.6})
+    assert list(found["find"]["both"]) == ["both", "blue", "red"]
+    assert list(found["find"]) == ["both", "green"]
+    assert list(compare(model, TOKENIZER, pictures, pictures, ["red", "blue"], None)) == ["labels"]
+    assert list(compare(model, TOKENIZER, pictures, pictures, None, ["green"])) == ["find"]
     with fails:  # control: the softmax of the cosines alone
-        assert found["labels"]["b"]["blue"] == pytest.approx(1 / (1 + math.exp(-1)))
+        assert found["labels"]["blue"]["blue"] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
-def test_only_what_is_asked_for_is_there(by_hand):
-    assert list(by_hand(["red", "blue"], None)) == ["labels"]
-    assert list(by_hand(None, ["green", "red"])) == ["find"]
-    assert list(by_hand(None, ["green", "red"])["find"]) == ["green", "red"]
-
-
-def check_permuted(case, labels, others):
-    """Each label has the same probability in both lists; those of an image sum to one."""
+@torch.no_grad()
+def check_against_the_model(case, labels, sign=1, prompt="{}"):
+    """Probabilities are the model's, sum to one, and come in order whatever that of the labels."""
     model = case.model()
-    images = some_images(case.seed)
-    first = compare(model, TOKENIZER, images, NAMES, labels, None)["labels"]
-    second = compare(model, TOKENIZER, images, NAMES, others, None)["labels"]
-    for name in NAMES:
-        assert sum(first[name].values()) == pytest.approx(1)
-        assert list(first[name].values()) == sorted(first[name].values(), reverse=True)
-        assert first[name] == pytest.approx(second[name], abs=1e-5)
+    found = compare(model, TOKENIZER, IMAGES, NAMES, labels, LABELS[:2])
+    texts = embed_texts(model, TOKENIZER, [prompt.format(label) for label in LABELS])
+    cosines = (embed_images(model, IMAGES) @ texts.T)
+    probabilities = (cosines / model.temperature).softmax(1)
+    for i, name in enumerate(NAMES):
+        expected = dict(zip(LABELS, probabilities[i].tolist()))
+        assert found["labels"][name] == pytest.approx(expected, abs=1e-5)
+        values = list(found["labels"][name].values())
+        assert sum(values) == pytest.approx(1) and values == sorted(values, reverse=True)
+    for j, text in enumerate(LABELS[:2]):
+        assert found["find"][text] == pytest.approx(dict(zip(NAMES, cosines[:, j].tolist())), abs=1e-5)
+        values = [sign * value for value in found["find"][text].values()]
+        assert values == sorted(values, reverse=True)
 
 
 @given(cases(), st.permutations(LABELS))
-def test_the_order_of_the_labels_changes_nothing(case, permuted):
-    check_permuted(case, LABELS, permuted)
+def test_the_answers_are_the_models_own_whatever_the_order_of_the_labels(case, labels):
+    check_against_the_model(case, labels)
 
 
-def test_control_another_label_in_the_list_changes_the_others():
-    with fails:
-        check_permuted(CONTROL, LABELS[:3], LABELS[:2] + ["cross"])
-
-
-def check_against_the_model(case, sign=1, templates=("{}",)):
-    """find is sorted by cosine; the best label is what zero-shot classification says."""
-    model = case.model()
-    images = some_images(case.seed)
-    found = compare(model, TOKENIZER, images, NAMES, LABELS, LABELS[:2])
-    with torch.no_grad():
-        embedding = embed_images(model, images)
-        cosine = (embedding @ embed_texts(model, TOKENIZER, LABELS[:2]).T).numpy()
-        predicted = zero_shot(embedding, embed_classes(model, TOKENIZER, LABELS, templates))
-    for j, text in enumerate(LABELS[:2]):
-        order = (-sign * cosine[:, j]).argsort(kind="stable")
-        values = list(found["find"][text].values())
-        np.testing.assert_allclose(values, cosine[order, j], atol=1e-5)
-        for i, name in enumerate(NAMES):
-            assert found["find"][text][name] == pytest.approx(cosine[i, j], abs=1e-5)
-    for name, label in zip(NAMES, predicted):
-        best, second, *_ = found["labels"][name].items()
-        assert best[0] == LABELS[label] or best[1] - second[1] < 1e-4  # a tie
-
-
-@given(cases())
-def test_the_answers_are_the_models_own(case):
-    check_against_the_model(case)
-
-
-@pytest.mark.parametrize("wrong", [dict(sign=-1), dict(templates=["{}", "big cross {}"])])
-def test_control_the_other_order_and_other_prompts_are_caught(wrong):
+@pytest.mark.parametrize("wrong", [
+    dict(labels=LABELS, sign=-1), dict(labels=LABELS, prompt="big cross {}"),
+    dict(labels=LABELS[:-1]), dict(labels=[*LABELS[:-1], "cross"])])
+def test_control_another_order_other_prompts_and_other_labels_are_caught(wrong):
     with fails:
         for seed in range(10):
             check_against_the_model(replace(CONTROL, seed=seed), **wrong)
@@ -125,8 +89,7 @@ def test_control_the_other_order_and_other_prompts_are_caught(wrong):
 
 def test_unknown_words_are_named_and_known_ones_are_not(capsys):
     check_texts(["A red zebra!", "a lion ring"], CONTROL.model(), TOKENIZER)
-    text, = capsys.readouterr().err.splitlines()
-    assert text == "note: words that the checkpoint does not know: !, lion, zebra"
+    assert capsys.readouterr().err == "note: words that the checkpoint does not know: !, lion, zebra\n"
     check_texts(LABELS, CONTROL.model(), TOKENIZER)
     assert capsys.readouterr().err == ""
 
@@ -151,7 +114,7 @@ def test_texts_that_say_nothing_or_the_same_are_one_clear_line(texts, message):
 def command(tmp_path, monkeypatch):
     """eval.py on a toy checkpoint and four pictures -> what it was stopped by, or None."""
     monkeypatch.chdir(tmp_path)
-    for name, image in zip(NAMES, some_images()):
+    for name, image in zip(NAMES, IMAGES):
         Image.fromarray(image.transpose(1, 2, 0)).save(name)
 
     def call(*flags, **changes):
@@ -166,22 +129,29 @@ def command(tmp_path, monkeypatch):
     return call
 
 
-def test_labels_and_find_are_printed_best_first_instead_of_captions(command, capsys):
+def test_labels_and_find_are_printed_best_first(command, capsys):
     assert not command("--image", *NAMES, "--labels", *LABELS, "--find", "a ring", "--json", "found.json")
-    lines = capsys.readouterr().out.splitlines()
     found = json.loads(Path("found.json").read_text())
-    assert found == compare(CONTROL.model(), TOKENIZER, some_images(), NAMES, LABELS, ["a ring"])
+    assert found == compare(CONTROL.model(), TOKENIZER, IMAGES, NAMES, LABELS, ["a ring"])
     expected = []
     for name in NAMES:
         expected.append(f"{name}:")
-        for label, share in found["labels"][name].items():
-            expected.append(f"{share:>9.2%}  {label}")
+        for label, probability in found["labels"][name].items():
+            expected.append(f"{probability:>9.2%}  {label}")
     expected.append("a ring:")
     for name, cosine in found["find"]["a ring"].items():
         expected.append(f"{cosine:9.3f}  {name}")
-    assert lines == expected
-    assert not command("--image", "0.png")  # control: without them the captions are
-    assert capsys.readouterr().out.startswith("0.png: ")
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_else_images_are_captioned_unless_the_model_never_learned_to_write(command, capsys):
+    assert not command("--image", *NAMES[:2], "--json", "captions.json")
+    texts = caption(CONTROL.model(), TOKENIZER, IMAGES[:2])
+    assert json.loads(Path("captions.json").read_text()) == dict(zip(NAMES, texts))
+    assert capsys.readouterr().out == f"0.png: {texts[0]}\n1.png: {texts[1]}\n"
+    assert not command("--image", "0.png", lambda_cap=0.0)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "--lambda-cap 0" in captured.err
 
 
 @pytest.mark.parametrize("flags, changes, message", [

@@ -1,0 +1,268 @@
+"""Draws the README's pictures into assets/ (SVG on white, so they look the same in the dark).
+
+    python -m experiments.pictures runs/shapes/checkpoint.pt    all
+    python -m experiments.pictures                              entropy and ablations, from the .csv
+
+Curves and maps are drawn by the functions of experiments/report.py.
+"""
+import argparse
+import csv
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coca import PAD, text_mask
+from data import UserError, to_model
+from eval import load_checkpoint, load_split
+from experiments.ablations import (
+    BOTH_WAYS,
+    IMAGES,
+    LINES,
+    QUESTION,
+    RIGHT,
+    TABLE_8,
+    VARIANTS,
+    ZERO_SHOT,
+    read_lines,
+    values_of,
+)
+from experiments.bench import ENTROPY
+from experiments.report import attention_maps, chart, heat, picture, spread, tag
+
+# ------------------------------------------------------------------------------------------------
+# SVG
+
+
+def page(title, width, height, *parts):
+    """-> an SVG as text; title: what a screen reader says."""
+    card = tag("rect", width=width, height=height, rx=6, fill="#fff")
+    return tag("svg", tag("title", title), card, *parts, xmlns="http://www.w3.org/2000/svg",
+               viewBox=f"0 0 {width} {height}", width=width, height=height, font_size=12,
+               font_family="system-ui, sans-serif", fill="#1a1a1a", color="#1a1a1a")
+
+
+def image(source, x, y, side):
+    return tag("image", href=source, x=x, y=y, width=side, height=side,
+               style="image-rendering: pixelated")
+
+
+def text(words, x, y, **how):
+    return tag("text", words, x=x, y=y, **how)
+
+
+def lines(words, x, y, width=24):
+    """Text in lines of `width` letters."""
+    parts = []
+    for i, line in enumerate(textwrap.wrap(words, width)):
+        parts.append(text(line, x, y + 14 * i))
+    return parts
+
+
+def charts(title, drawn):
+    """Page of charts {title: chart}, side by side."""
+    parts = []
+    for i, (above, curves) in enumerate(drawn.items()):
+        parts.append(text(above, 60 + 370 * i, 20, font_weight="bold"))
+        parts.append(tag("svg", curves, x=370 * i, y=26, width=370, height=215))
+    return page(title, 740, 246, *parts)
+
+
+# ------------------------------------------------------------------------------------------------
+# From a checkpoint
+
+
+@torch.no_grad()
+def draw_scenes(model, tokenizer, val):
+    """Eight validation scenes with the captions that the model writes, wrong ones in red."""
+    parts = []
+    some = spread(len(val), 8)
+    tokens = model.generate(to_model(torch.tensor(val.images[some])))
+    for k, (i, row) in enumerate(zip(some, tokens)):
+        x = 12 + 178 * (k % 4)
+        y = 12 + 215 * (k // 4)
+        written = tokenizer.decode(row)
+        right = written in val.captions[i]
+        colour = "#1a1a1a" if right else "#c00000"
+        parts.append(image(picture(val.images[i]), x, y, 128))
+        parts.append(tag("g", *lines(written, x, y + 144), fill=colour))
+    return page("Eight generated scenes, each with the caption that the model wrote", 720, 440,
+                *parts)
+
+
+@torch.no_grad()
+def draw_attention(model, tokenizer, val):
+    """One scene of two things, and where the model looks as it writes each word."""
+    i = next(i for i, captions in enumerate(val.captions) if len(captions) == 2)
+    x = to_model(torch.tensor(val.images[i:i + 1]))
+    tokens = model.generate(x)
+    maps, _, embedding, _ = attention_maps(model, x, tokens)
+    grid = model.config.image_size // model.config.patch_size
+    cells = [("the scene", None), ("image embedding", embedding[0, 0])]
+    for token, weights in zip(tokens[0, 1:].tolist(), maps[0]):
+        if token != PAD:
+            cells.append((tokenizer.words[token], weights))
+    parts = []
+    for k, (name, weights) in enumerate(cells):
+        left = 10 + 100 * (k % 7)
+        top = 10 + 118 * (k // 7)
+        parts.append(image(picture(val.images[i]), left, top, 90))
+        if weights is not None:
+            shares = (weights / weights.max()).reshape(grid, grid).numpy()
+            parts.append(image(heat(shares), left, top, 90))
+        parts.append(text(name, left + 45, top + 104, text_anchor="middle", font_size=11))
+    rows = -(-len(cells) // 7)
+    return page("Where the model looks in a scene as it writes each word", 710, 12 + 118 * rows,
+                *parts)
+
+
+@torch.no_grad()
+def attention_weights(model, tokens):
+    """Who looks at whom in the first unimodal layer, mean of the heads.
+
+    tokens (B, L) -> weights (B, L + 1, L + 1) of the tokens and, behind them, [CLS].
+    """
+    block = model.unimodal.blocks[0]
+    x = block.self_norm(model.unimodal.embed(tokens))                   # (B, L + 1, D)
+    return block.self_attention.weights(x, mask=text_mask(tokens)).mean(1)
+
+
+def draw_mask(model, tokenizer):
+    """Attention weights of a caption and [CLS]: what text_mask forbids is exactly 0."""
+    captions = ["a small red ring at the top left", "a large blue bar at the bottom right and a"]
+    tokens = tokenizer.encode(captions, model.config.text_len)[:, :12]
+    names = [tokenizer.words[i] for i in tokens[0]] + ["[CLS]"]
+    parts = []
+    for i, row in enumerate(attention_weights(model, tokens)[0].tolist()):
+        y = 78 + 30 * i
+        parts.append(text(names[i], 74, y + 19, text_anchor="end"))
+        parts.append(text(names[i], 0, 0, transform=f"translate({100 + 34 * i} 70) rotate(-40)"))
+        for j, weight in enumerate(row):
+            x = 84 + 34 * j
+            box = dict(x=x, y=y, width=32, height=28)
+            if weight:
+                parts.append(tag("rect", **box, fill="#0a7bd0", fill_opacity=f"{weight**0.5:.2f}"))
+                parts.append(text(f"{weight:.2f}", x + 16, y + 18, text_anchor="middle",
+                                  font_size=10))
+            else:
+                parts.append(tag("rect", **box, fill="#e4e4e4"))
+    return page("Who looks at whom: attention weights of a caption's words, padding and [CLS], zero "
+                "above the diagonal and on what the mask hides", 94 + 34 * len(names) + 40,
+                90 + 30 * len(names), *parts)
+
+
+def draw_losses(checkpoint):
+    column = dict(zip(checkpoint["metrics_names"], checkpoint["metrics"].numpy().T))
+    drawn = {}
+    for title, name in (("Contrastive loss, Eq. (2)", "loss_con"),
+                        ("Captioning loss, Eq. (3)", "loss_cap")):
+        drawn[title] = chart(title, column["images"], {"in training": column[name]})
+    return charts("Both losses over images seen", drawn)
+
+
+# ------------------------------------------------------------------------------------------------
+# From what was measured
+
+
+def draw_entropy(file):
+    """Means over the seeds of bench.py entropy."""
+    with open(file, newline="") as f:
+        rows = list(csv.DictReader(f))
+    seen = sorted({int(row["images"]) for row in rows})
+    drawn = {}
+    for title, column in (("Entropy of the pooler's attention, nats", "entropy"),
+                          ("Validation captioning loss", "val_cap")):
+        curves = {}
+        for start in dict.fromkeys(row["start"] for row in rows):
+            means = []
+            for images in seen:
+                same = [row for row in rows if row["start"] == start and int(row["images"]) == images]
+                means.append(np.mean([float(row[column]) for row in same]))
+            curves[start] = np.array(means)
+        drawn[title] = chart(title, seen, curves)
+    return charts("The pooler's entropy and the validation captioning loss", drawn)
+
+
+def draw_ablations(file):
+    """Table 8 at small scale: a dot for each run, a line at the default's mean."""
+    runs = []
+    for line in read_lines(file).values():
+        if line["data"] == "shapes" and int(line["images"]) == IMAGES["b"]:
+            runs.append(line)
+    names = {"default": "default: both, 2 : 1, n_uni 2, cascade, 16"}
+    for row in "bcdef":
+        for variant in TABLE_8[row][1][1:]:
+            names[variant] = f"({row}) {VARIANTS[variant].what}"
+    bottom = 52 + 22 * len(names)
+    key = "A dot is a run, the line the default's mean; no dots: that loss was not trained."
+    parts = [text(key, 12, bottom + 22)]
+    for i, name in enumerate(names.values()):
+        parts.append(text(name, 12, 60 + 22 * i))
+    titles = {ZERO_SHOT: "zero-shot", BOTH_WAYS: "retrieval, R@1", RIGHT: "captions",
+              QUESTION: "questions"}
+    for k, (score, title) in enumerate(titles.items()):
+        header = text(title, 45, 20, text_anchor="middle", font_weight="bold")
+        panel = score_panel(runs, score, names, bottom)
+        parts.append(tag("g", header, *panel, transform=f"translate({275 + 120 * k} 0)"))
+    return page("Scores of each variant of Table 8 on generated scenes, a dot for each run", 740,
+                bottom + 34, *parts)
+
+
+def score_panel(runs, score, variants, bottom):
+    """One score of all variants, from its least to its greatest value over 90 pixels."""
+    there = [float(line[score]) for line in runs if line[score]]
+    low = min(there)
+    high = max(there)
+
+    def across(value):  # -> pixels from the left
+        return round(90 * (value - low) / max(high - low, 1e-9), 1)
+
+    mean = across(np.mean(values_of(runs, "default", score)))
+    parts = [tag("path", d=f"M{mean} 44V{bottom}", stroke="#d55e00")]
+    for value, anchor in ((low, "start"), (high, "end")):
+        parts.append(text(f"{value:.0%}", across(value), 38, text_anchor=anchor, font_size=11))
+    for i, variant in enumerate(variants):
+        y = 56 + 22 * i
+        parts.append(tag("path", d=f"M0 {y}h90", stroke="#8886"))
+        for value in values_of(runs, variant, score):
+            parts.append(tag("circle", cx=across(value), cy=y, r=4, fill="#0a7bd0",
+                             fill_opacity=0.6))
+    return parts
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                usage="python -m experiments.pictures [CHECKPOINT] [options]")
+    p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py, on scenes")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "assets",
+                   help="folder, whose pictures are drawn anew (default: assets)")
+    args = p.parse_args(argv)
+    pages = {}
+    if args.checkpoint:
+        model, tokenizer, checkpoint = load_checkpoint(args.checkpoint)
+        if checkpoint["settings"]["data"] != "shapes":
+            raise UserError(f"{args.checkpoint} learned from photographs of other people, which are "
+                            "not drawn; give a checkpoint of scenes")
+        val = load_split(model, checkpoint["settings"], "val")
+        pages["scenes"] = draw_scenes(model, tokenizer, val)
+        pages["attention"] = draw_attention(model, tokenizer, val)
+        pages["mask"] = draw_mask(model, tokenizer)
+        pages["losses"] = draw_losses(checkpoint)
+    if ENTROPY.exists():
+        pages["entropy"] = draw_entropy(ENTROPY)
+    if LINES.exists():
+        pages["ablations"] = draw_ablations(LINES)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, svg in pages.items():
+        path = args.out / f"{name}.svg"
+        path.write_text(svg, encoding="utf-8")
+        print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
