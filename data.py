@@ -446,26 +446,36 @@ class PickledArray:
         self.array = None
 
     def __setstate__(self, state):
-        _, shape, kind, _, content = state
-        self.array = numbers(content, kind, shape)
+        _, shape, kind, fortran, content = state
+        self.array = numbers(content, kind, shape, "F" if fortran else "C")
 
 
-def numbers(content, kind, shape):
+def numbers(content, kind, shape, order="C"):
     """Bytes, a PickledType and a shape -> array of integers, the only kind there is in CIFAR."""
     if not re.fullmatch("[iu][1248]", kind.name):
         raise pickle.UnpicklingError(f"numbers of type {kind.name}")
     if isinstance(content, str):  # of Python 2
         content = content.encode("latin1")
-    return np.frombuffer(bytes(content), kind.name).reshape(shape)
+    return np.frombuffer(content, kind.name).reshape(shape, order=order)
 
 
-STAND_INS = {  # for what numpy 1 and 2 write of arrays and integers, and Python of bytes
+def number(kind, content):
+    return int(numbers(content, kind, ()))
+
+
+def encode(text, encoding):
+    return text.encode("latin1")
+
+
+# For what numpy 1 and 2 write of arrays and integers, and Python of bytes. (A pickle could change
+# a function's attributes, but not those of its __call__)
+STAND_INS = {
     "dtype": PickledType,
     "ndarray": PickledArray,
     "_reconstruct": PickledArray,
-    "_frombuffer": lambda content, kind, shape, order: numbers(content, kind, shape),
-    "scalar": lambda kind, content: int(numbers(content, kind, ())),
-    "encode": lambda text, encoding: text.encode("latin1"),
+    "_frombuffer": numbers.__call__,
+    "scalar": number.__call__,
+    "encode": encode.__call__,
 }
 
 
@@ -488,16 +498,16 @@ def read_cifar(path, key, classes=()):
         found = content[key]
         if not classes:
             return [name.replace("_", " ") for name in found]
-        labels = np.array(getattr(found, "array", found))
+        labels = np.array([label.__index__() for label in getattr(found, "array", found)])
         images = getattr(content["data"], "array", content["data"])
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise ValueError("not 3072 bytes for each label")
-        if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < len(classes):
+        if not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError(f"labels other than 0 to {len(classes) - 1}")
         return labels, images.reshape(-1, 3, 32, 32)
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: not a CIFAR file, or damaged ({type(e).__name__}: {e!s:.200}); "
-                        "delete it and run again with --download") from None
+        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run again "
+                        "with --download") from None
 
 
 def cifar(name, data_dir, part, size, download):
