@@ -138,7 +138,7 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
             return shapes(split, size, seed, subset)
         data = shapes("train", size, seed)
         return select(data, pick_rows(len(data)))
-    if not data_dir or not os.path.exists(data_dir):
+    if not data_dir or not (download or os.path.exists(data_dir)):
         raise UserError(f"--data-dir {data_dir}: no such folder; {name} needs that of its files")
     data_dir = Path(data_dir)
     if name in CIFAR:
@@ -784,7 +784,7 @@ def captions_table(data_dir, part):
     restval are learned from; test is evaluated on, or val where there is no test. Else a hash of a
     picture's name chooses one in ten to evaluate on.
     """
-    folder = data_dir if data_dir.is_dir() else data_dir.parent
+    folder = Path(os.path.abspath(data_dir if data_dir.is_dir() else data_dir.parent))
     subfolders = [path for path in folder.iterdir() if path.is_dir()]
     listed = flickr8k_lists(folder)
     paths = {}  # of each picture's name
@@ -804,7 +804,7 @@ def captions_table(data_dir, part):
     learned = {path for path in captions if splits[path] == "train"}
     tested = {path for path in captions if splits[path] == "test"}
     tested = tested or {path for path in captions if splits[path] == "val"}
-    if not any(splits.values()):
+    if captions and not any(splits.values()):
         tested = {paths[name] for name in held_out(paths)}
         learned = captions.keys() - tested
     if not learned or not tested:
@@ -817,14 +817,14 @@ def find_tables(data_dir):
     """-> {table: the split it holds, "" = it holds both}."""
     if data_dir.is_file():
         return {data_dir: ""}
-    files = {path.name.lower(): path for path in sorted(data_dir.iterdir())}
+    files = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.name[0] != "."}
     for name in ("test.csv", "val.csv"):
         if "train.csv" in files and name in files:
             return {files["train.csv"]: "train", files[name]: "test"}
     for name in ("captions.txt", "captions.csv"):
         if name in files:
             return {files[name]: ""}
-    kinds = r"[^.].*\.(csv|tsv)|.*(?<!lemma)\.token\.txt|dataset_.*\.json"
+    kinds = r".*\.(csv|tsv)|.*(?<!lemma)\.token\.txt|dataset_.*\.json"
     found = [path for name, path in files.items() if re.fullmatch(kinds, name)]
     if len(found) == 1:
         return {found[0]: ""}
@@ -858,7 +858,7 @@ def karpathy_rows(path, text):
 def token_rows(path, text):
     """Flickr8k.token.txt: lines of name.jpg#0<TAB>caption. One of its names ends in .jpg.1."""
     for number, line in enumerate(text.split("\n"), 1):
-        match = re.fullmatch(r"(.+?)(\.\d+)?#\d+\t(.*)", line)
+        match = re.fullmatch(r"(.+?)((?<=\.jpg)\.1)?#\d+\t(.*)", line)
         if match:
             yield Row(match[1], [match[3]], "", number)
         elif line.strip():
@@ -896,27 +896,28 @@ def column_rows(path, text):
     kind = next((name for name in CAPTIONS if name in header), None)
     if not pictures or not kind:
         raise wrong(1, f"must name the columns, such as image,caption, not {header!s:.80}")
+    names = {cells[pictures[0]].strip() for _, cells in rows if len(cells) == len(header)} - {""}
+    endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
     for line, cells in rows[1:]:
         if header[1:] == ["comment_number", "comment"] and delimiter == "|" and len(cells) == 2:
-            cells = [cells[0], *re.findall(r"^\s*(\d+)\s+(.+)", cells[1])[0]]  # Flickr30k has such a row
+            cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
         if len(cells) != len(header):
             raise wrong(line, f"{len(cells)} cells, but {len(header)} columns; quote captions that "
                               f"hold {delimiter!r} or a line break")
         picture = cells[pictures[0]].strip()
-        ending = posixpath.splitext(picture)[1]
         for cell in cells:
-            for name in "\n".join(cell.split("\n")[1:]).replace("\n", delimiter).split(delimiter):
-                if ending and name.strip().endswith(ending):
+            for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
+                if name.strip() in names or name.strip().endswith(endings):
                     raise wrong(line, f"a quote is opened here and closed behind {name.strip()}; "
                                       "double it or take it out")
-        if not picture:
-            raise wrong(line, "no picture's name")
+        if not picture or "\n" in picture:
+            raise wrong(line, "no picture's name, or one of two lines")
         split = ""
         if "split" in header:
             split = cells[header.index("split")].strip().lower()
             if split not in KINDS:
                 raise wrong(line, f"the split is {split!r}; write train, val or test")
-        captions = [cell for name, cell in zip(header, cells) if name == kind]
+        captions = [cell.strip() for name, cell in zip(header, cells) if name == kind]
         yield Row(picture, captions, KINDS[split] if split else "", line)
 
 
@@ -940,14 +941,14 @@ def held_out(names):
     """
     try:
         root = posixpath.commonpath([posixpath.dirname(name) for name in names])
-    except ValueError:  # no names, or absolute and relative ones
+    except ValueError:  # absolute and relative ones
         root = ""
     digest = {}
     for name in names:
         below = posixpath.relpath(name, root) if root else name
         digest[name] = hashlib.sha256(below.encode()).digest()
     chosen = {name for name in names if digest[name][0] < 26}
-    return chosen or {min(names, key=digest.get, default=None)}
+    return chosen or {min(names, key=digest.get)}
 
 
 # ------------------------------------------------------------------------------------------------
