@@ -688,13 +688,14 @@ def captioned_images(captions, pick_rows, size, name, source):
     rows = pick_rows(len(paths))
     missing = [i for i in rows if not os.path.isfile(paths[i])]
     good = rows
-    if len(missing) <= max(1, len(rows) // 100):
+    allowed = min(max(1, len(rows) // 100), len(rows) - 1)
+    if len(missing) <= allowed:
         good, images = cached_images(paths, rows, size, name)
         missing = np.setdiff1d(rows, good)
     if len(missing):
         reasons = "; ".join(why_broken(paths[i], size) for i in missing[:3])
         text = f"{source}: {len(missing)} of {len(rows)} pictures cannot be read, as these: {reasons}"
-        if len(missing) > max(1, len(rows) // 100):
+        if len(missing) > allowed:
             raise UserError(f"{text}. Too many: put them back, or take them out of the table")
         note(f"{text}; skipped")
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
