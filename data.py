@@ -698,7 +698,7 @@ def captioned_images(captions, pick_rows, size, name, source):
         if len(missing) > allowed:
             raise UserError(f"{text}. Too many: put them back, or take them out of the table")
         note(f"{text}; skipped")
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    root = os.path.commonpath([os.path.dirname(paths[i]) for i in good])
     names = [os.path.relpath(paths[i], root) for i in good]
     return Dataset(images, [kept[paths[i]] for i in good], names=names, augment=True)
 
@@ -881,7 +881,7 @@ def column_rows(path, text):
     def wrong(line, why):
         return UserError(f"{path}: line {line}: {why}")
 
-    delimiter = max(",|;\t", key=text.split("\n")[0].count)
+    delimiter = max(",|;\t", key=text.lstrip("\n").split("\n")[0].count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows = []  # the line that each starts at, and its cells
     line = 1
@@ -892,7 +892,7 @@ def column_rows(path, text):
             line = reader.line_num + 1
     except csv.Error as e:
         raise wrong(line, f"{e}: a quote is not closed, or not doubled within a caption") from None
-    header = [re.sub(r"[ _]?\d+$", "", name.strip().lower()) for name in rows[0][1]] if rows else []
+    header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in rows[0][1]] if rows else []
     pictures = [header.index(name) for name in PICTURES if name in header]
     kind = next((name for name in CAPTIONS if name in header), None)
     if not pictures or not kind:
@@ -919,6 +919,8 @@ def column_rows(path, text):
             if split not in KINDS:
                 raise wrong(line, f"the split is {split!r}; write train, val or test")
         captions = [cell.strip() for name, cell in zip(header, cells) if name == kind]
+        if any(re.match(r"\[\s*['\"]", caption) for caption in captions):
+            raise wrong(line, "a list of captions; give each a row of its own")
         yield Row(picture, captions, KINDS[split] if split else "", line)
 
 
