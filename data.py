@@ -785,8 +785,8 @@ def captions_table(data_dir, part):
     restval are learned from; test is evaluated on, or val where there is no test. Else a hash of a
     picture's name chooses one in ten to evaluate on.
     """
-    folder = Path(os.path.abspath(data_dir if data_dir.is_dir() else data_dir.parent))
-    subfolders = [path for path in folder.iterdir() if path.is_dir()]
+    folder = os.path.abspath(data_dir if data_dir.is_dir() else data_dir.parent)
+    subfolders = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
     listed = flickr8k_lists(folder)
     paths = {}  # of each picture's name
     captions = {}  # of each path
@@ -868,7 +868,7 @@ def token_rows(path, text):
 
 def flickr8k_lists(folder):
     """Flickr_8k.trainImages.txt and .testImages.txt -> {picture: split}, {} if one is missing."""
-    lists = {split: folder / f"Flickr_8k.{split}Images.txt" for split in ("train", "test")}
+    lists = {split: Path(folder, f"Flickr_8k.{split}Images.txt") for split in ("train", "test")}
     splits = {}
     if all(path.is_file() for path in lists.values()):
         for split, path in lists.items():
@@ -887,7 +887,7 @@ def column_rows(path, text):
     line = 1
     try:
         for cells in reader:
-            if any(map(str.strip, cells)):
+            if "".join(cells).strip():
                 rows.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as e:
@@ -900,13 +900,13 @@ def column_rows(path, text):
     names = {cells[pictures[0]].strip() for _, cells in rows if len(cells) == len(header)} - {""}
     endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
     for line, cells in rows[1:]:
-        if header[1:] == ["comment_number", "comment"] and delimiter == "|" and len(cells) == 2:
+        if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
             cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
         if len(cells) != len(header):
             raise wrong(line, f"{len(cells)} cells, but {len(header)} columns; quote captions that "
                               f"hold {delimiter!r} or a line break")
         picture = cells[pictures[0]].strip()
-        for cell in cells:
+        for cell in [cell for cell in cells if "\n" in cell]:
             for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
                 if name.strip() in names or name.strip().endswith(endings):
                     raise wrong(line, f"a quote is opened here and closed behind {name.strip()}; "
@@ -919,7 +919,7 @@ def column_rows(path, text):
             if split not in KINDS:
                 raise wrong(line, f"the split is {split!r}; write train, val or test")
         captions = [cell.strip() for name, cell in zip(header, cells) if name == kind]
-        if any(re.match(r"\[\s*['\"]", caption) for caption in captions):
+        if captions[0].startswith(("['", '["')):
             raise wrong(line, "a list of captions; give each a row of its own")
         yield Row(picture, captions, KINDS[split] if split else "", line)
 
