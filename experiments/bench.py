@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import coca
 import train
 from coca import BEGIN, END, PAD, CoCa, CoCaConfig, contrastive_loss
-from data import UserError, to_model
+from data import run_program, to_model
 from eval import pick_device
 from experiments.ablations import compose
 
@@ -303,7 +303,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

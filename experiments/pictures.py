@@ -7,7 +7,6 @@ Curves and maps are drawn by the functions of experiments/report.py.
 """
 import argparse
 import csv
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from coca import PAD, text_mask
-from data import UserError, to_model
+from data import UserError, run_program, to_model
 from eval import load_checkpoint, load_split
 from experiments.ablations import (
     BOTH_WAYS,
@@ -262,7 +261,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)
