@@ -8,15 +8,14 @@
 import argparse
 import functools
 import json
-import sys
 
-import eval
-from data import UserError
+import eval as evaluation
+from data import run_program
 from eval import add_common_flags, evaluate_checkpoint, load_checkpoint, pick_device, write_new
 from experiments.understanding import understanding_task
 from experiments.video import own_clips, video_retrieval_task, video_task
 
-TASKS = {**eval.TASKS, "video-retrieval": video_retrieval_task, "video": video_task,
+TASKS = {**evaluation.TASKS, "video-retrieval": video_retrieval_task, "video": video_task,
          "understanding": understanding_task}
 
 
@@ -28,7 +27,7 @@ def parse_args(argv=None):
     p.add_argument("--clips", metavar="DIR", help="task video on your clips: a folder for each class, "
                    "of folders of frames or .npy arrays")
     args = p.parse_args(argv)
-    if args.clips and args.task and "video" not in args.task:
+    if args.clips is not None and args.task and "video" not in args.task:
         p.error("--clips is for the task video; add it to --task, or leave --clips out")
     return args
 
@@ -38,7 +37,7 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint)
     model.to(pick_device(args.device))
     tasks = dict(TASKS)
-    if args.clips:
+    if args.clips is not None:
         clips = own_clips(args.clips, model.config.image_size)
         tasks["video"] = functools.partial(video_task, clips=clips)
     scores = evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint)
@@ -47,7 +46,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

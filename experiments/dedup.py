@@ -6,12 +6,11 @@
 """
 import argparse
 import io
-import sys
 import time
 
 import numpy as np
 
-from data import NAMES, THRESHOLD, UserError, load, near_duplicates, new_file, pillow
+from data import NAMES, THRESHOLD, UserError, load, near_duplicates, new_file, pillow, run_program
 
 # ------------------------------------------------------------------------------------------------
 # Which copies there are
@@ -149,7 +148,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

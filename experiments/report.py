@@ -12,14 +12,13 @@ import html
 import io
 import json
 import math
-import sys
 from collections import Counter
 
 import numpy as np
 import torch
 
 from coca import PAD
-from data import UserError, new_file, pillow
+from data import new_file, pillow, run_program
 from eval import (
     add_common_flags,
     add_image_flags,
@@ -402,7 +401,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

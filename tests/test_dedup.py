@@ -1,18 +1,18 @@
 """De-duplication: copies as found in the wild are found, and nothing else."""
 import itertools
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
-from bench import plant_copies
 from helpers import fails, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data as data_file
 import train
-from data import Dataset, main, near_duplicates, resize, shapes, without_duplicates
+from data import Dataset, near_duplicates, pillow, resize, select, shapes, without_duplicates
+from experiments import dedup
+from experiments.dedup import plant_copies
 
 
 def pictures(seed, n, size=32):
@@ -67,7 +67,8 @@ def test_mirror_images_count_only_if_asked():
 
 
 def test_grey_pictures_are_no_copies_and_many_copies_of_one_image_all_go():
-    flat, one = np.full((30, 3, 32, 32), 7, np.uint8), pictures(0, 1)
+    flat = np.full((30, 3, 32, 32), 7, np.uint8)
+    one = pictures(0, 1)
     images = np.concatenate([flat, np.repeat(one, 2500, 0), pictures(1, 20)])  # several blocks
     which, _, copied = near_duplicates(images, np.concatenate([flat, one, pictures(2, 20)]))
     assert np.flatnonzero(which >= 0).tolist() == list(range(30, 2530))
@@ -82,34 +83,88 @@ def test_duplicates_are_removed_with_their_captions_and_labels():
     assert left.labels.tolist() == [0, 1, 2, 3, 7, 8, 9, 10]
     assert left.captions == [[str(i)] for i in left.labels]
     assert left.augment and (left.images == np.delete(images, [4, 5, 6], 0)).all()
-    copies = data_file.select(data, [4, 5, 6])
+    copies = select(data, [4, 5, 6])
     refused("all training images", without_duplicates, copies, evaluation)
 
 
 def test_training_leaves_duplicates_out(monkeypatch):
     def planted(name, where, split, **named):
-        data = data_file.select(shapes(split, 32, 32, 0), np.arange(32))
+        data = select(shapes(split, 32, 0, 32), np.arange(32))
         if split == "train":
-            data.images[:5] = shapes("val", 32, 0, 0).images[:5]
+            data.images[:5] = shapes("val", 32, 0).images[:5]
         return data
 
     monkeypatch.setattr(train, "load", planted)
     sizes = []
     for flags in ([], ["--dedup"]):
-        settings = train.choose_settings(train.parse_args(flags))
-        data, _ = train.load_data(SimpleNamespace(**settings), 32, False, 0, 1)
+        s, _ = train.parse_args(flags)
+        data, _ = train.load_data(s, 0)
         sizes.append(len(data))
     assert sizes[0] == 32 and sizes[1] <= 32 - 5
 
 
-def test_the_command_shows_the_pairs(tmp_path, monkeypatch, capsys):
-    evaluation = Dataset(pictures(0, 10), [["a copy"]] * 10)
-    images = np.concatenate([pictures(1, 20), evaluation.images[:7]])
-    parts = {"train": Dataset(images, [["original"]] * 27), "val": evaluation}
-    monkeypatch.setattr(data_file, "load", lambda name, where, split, size: parts[split])
-    main(["dedup", "--show", str(tmp_path / "pairs.png")])
-    assert "train 20: original  |  evaluation 0: a copy" in capsys.readouterr().out
-    with data_file.pillow().open(tmp_path / "pairs.png") as sheet:
+# The command
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """python -m experiments.dedup on 20 images of their own and that many copies, in its folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, copies=7):
+        evaluation = Dataset(pictures(0, 10), [["a copy"]] * 10)
+        images = np.concatenate([pictures(1, 20), evaluation.images[:copies]])
+        parts = {"train": Dataset(images, [["original"]] * len(images)), "val": evaluation}
+        monkeypatch.setattr(dedup, "load", lambda name, where, split, size: parts[split])
+        dedup.main(list(flags))
+    return call
+
+
+def test_the_command_shows_the_pairs(command, tmp_path, capsys):
+    command("--show", "pairs.png")
+    out = capsys.readouterr().out
+    assert "7 of 27 training images are near-duplicates of 7 of 10 evaluation images" in out
+    assert "1.000  train 20: original  |  evaluation 0: a copy" in out
+    with pillow().open(tmp_path / "pairs.png") as sheet:
         pixels = np.asarray(sheet)[1::3, 1::3]  # it is three times as large
     assert pixels.shape == (7 * 32, 2 * 32, 3)
     assert np.array_equal(pixels[:, :32], pixels[:, 32:])
+
+
+def test_without_a_pair_nothing_is_shown_and_this_is_said(command, tmp_path, capsys):
+    command("--show", "pairs.png", copies=0)
+    found, last = capsys.readouterr().out.splitlines()
+    assert found.startswith("0 of 20") and last == "nothing to show: pairs.png is not made"
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_threshold_is_that_of_the_flag(command, capsys):
+    found = []
+    for threshold in ("0.2", "0.955", "0.99999999"):
+        command("--threshold", threshold)
+        found.append(int(capsys.readouterr().out.split()[0]))
+    assert found[0] > 7 and found[1] == 7 and found[2] < 7
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--threshold 0", "between 0 and 1"), ("--threshold 1", "between 0 and 1"),
+    ("--threshold nan", "between 0 and 1"), ("--size 0", "at least 1"),
+    ("--measure --show x.png", "leave --threshold"), ("--thresh 0.9", "unrecognized")])
+def test_flags_that_make_no_sense_are_refused(command, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        command(*flags.split())
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_measuring_prints_recall_of_each_kind_and_precision(command, capsys):
+    command("--measure", "--mirrored")
+    head, *lines, _, _ = capsys.readouterr().out.splitlines()
+    assert head.split()[3:] == ["re-encoded", "resized", "cropped", "brightness", "mirrored"]
+    rows = np.array([line.replace("%", "").split() for line in lines], float)
+    assert rows[4, 0] == 0.955 and (np.diff(rows[:, 0]) > 0).all()
+    assert (np.diff(rows[:, 2:], axis=0) <= 0).all()  # recall falls as the threshold rises
+    assert rows[4, [2, 3, 6]].tolist() == [100, 100, 100]
+    planted = rows[4, 2:].sum() / 100 * 10  # and 7 training images are copies that were not planted
+    assert rows[4, 1] == pytest.approx(100 * planted / (planted + 7), abs=0.1)
+    command("--measure")  # control: without mirror images
+    assert float(capsys.readouterr().out.splitlines()[5].split()[-1].rstrip("%")) < 50

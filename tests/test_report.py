@@ -1,37 +1,30 @@
-"""The page of --report: sound and closed HTML whatever the texts, pictures that say what is so."""
+"""python -m experiments.report: sound and closed HTML whatever the texts, maps that say what is so."""
 import base64
 import dataclasses
 import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, cases, fails, recorded_weights, refused
+from helpers import CONTROL, cases, fails, logits_of, recorded_weights, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from toys import COLUMNS, SPECIAL, save_checkpoint, toy_checkpoint
 
 import eval as evaluation
-from coca import PAD, CoCa
+from coca import PAD
 from data import Dataset, Tokenizer, to_model
-from eval import (
-    Html,
-    attention_maps,
-    chart,
-    confusions,
-    loss_curves,
-    nearest,
-    table,
-    tag,
-)
+from experiments import report
+from experiments.report import Html, attention_maps, chart, confusions, loss_curves, table, tag
 
 HOSTILE = """<script>alert("1&amp;2")<img src=x onerror='x'>&"""  # a file may be called that, too
 CLASSES = [f"{HOSTILE} cat", "dog"]
-METRICS = ["step", "images", "loss_con", "loss_cap", "loss"]
 
 
 class Page(HTMLParser):
@@ -39,7 +32,10 @@ class Page(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.tags, self.texts, self.faults = [], [], [], []
+        self.open = []
+        self.tags = []
+        self.texts = []
+        self.faults = []
         self.feed(page)
         self.close()
         self.faults += [f"{name} is left open" for name in self.open]
@@ -75,6 +71,10 @@ def test_control_a_fault_in_a_page_is_seen(broken):
     assert Page(broken).faults and not Page(tag("p", HOSTILE, id=HOSTILE)).faults
 
 
+def images_of(page):
+    return [attributes for name, attributes in page.tags if name == "img"]
+
+
 def decoded(source):
     content = base64.b64decode(source.removeprefix("data:image/png;base64,"))
     return np.asarray(Image.open(io.BytesIO(content)))
@@ -86,37 +86,38 @@ def decoded(source):
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """Makes the page of a random model on hostile classes, captions, words and file names."""
-    def write(*flags, **changes):
-        folder = tmp_path / HOSTILE.replace("/", "")
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        words = ["<pad>", "<begin>", "<end>", "<unk>", HOSTILE, "cat", "dog"]
-        torch.manual_seed(0)
-        model = CoCa(CONTROL.config(vocab_size=len(words), text_len=5, **changes))
-        metrics = torch.tensor([[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]])
-        settings = dict(data="cifar10", data_dir=HOSTILE, seed=0)
-        evaluation.save_checkpoint(folder / "checkpoint.pt", model, Tokenizer(words), step=2,
-                                   settings=settings, metrics=metrics, metrics_names=METRICS)
-        images = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), np.uint8)
-        Image.fromarray(images[0].transpose(1, 2, 0)).save(folder / f"{HOSTILE}.png")
-        labels = np.arange(6) % 2
-        texts = [[f"a {CLASSES[i]}", f"the {CLASSES[i]}"] for i in labels]
-        data = Dataset(images, texts, labels, CLASSES, ["a {}", "the {}"])
-        monkeypatch.setattr(evaluation, "load", lambda *args, **named: data)
-        checkpoint = str(folder / "checkpoint.pt")
-        evaluation.main([checkpoint, "--report", "page.html", "--device", "cpu", *flags])
-        return Path("page.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), np.uint8)
+    Image.fromarray(images[0].transpose(1, 2, 0)).save(f"{HOSTILE}.png")
+    labels = np.arange(6) % 2
+    val = Dataset(images, [[f"a {CLASSES[i]}", f"the {CLASSES[i]}"] for i in labels])
+    labelled = dataclasses.replace(val, labels=labels, classes=CLASSES, templates=["a {}", "the {}"])
+    parts = {"val": val, "zeroshot": labelled}
+    for module in (evaluation, report):
+        monkeypatch.setattr(module, "load_split", lambda model, s, split: parts[split])
+
+    def write(*flags, file="page.html", checkpoint="checkpoint.pt", **changes):
+        rows = [[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]]
+        save_checkpoint(checkpoint, *toy_checkpoint([*SPECIAL, HOSTILE, "cat", "dog", "a"], **changes),
+                        rows=rows)
+        report.main([checkpoint, file, "--device", "cpu", *flags])
+        return Path(file).read_text()
     return write
+
+
+PICTURE = ("--image", f"{HOSTILE}.png")
 
 
 @pytest.mark.parametrize("flags, changes, there, absent", [
     ((), {}, ["Zero-shot classification", "Retrieval", "captions exactly right"], "is 0:"),
     ((), dict(pooler="parallel"), ["3 queries"], "is 0:"),
     ((), dict(n_query=0), ["Retrieval"], "3 queries"),
-    ((), dict(lambda_con=0.0), ["--lambda-con 0"], "Zero-shot classification"),
+    ((), dict(lambda_con=0.0), ["lambda_con is 0"], "Zero-shot classification"),
     ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], "<end>"),
     ((), dict(lambda_cap=0.0, pooler="parallel"), ["image embedding"], "3 queries"),
-    (("--image", f"{HOSTILE}.png"), {}, ["Captions and", f"{HOSTILE}.png"], "Retrieval")])
+    (PICTURE, {}, ["Captions and", f"{HOSTILE}.png"], "Retrieval"),
+    ((*PICTURE, "--find", "a cat", "dog"), {}, ["Images for “a cat”", "Find"], "Labels"),
+    ((*PICTURE, "--labels", "dog", f"{HOSTILE} cat"), {}, [f"Texts for {HOSTILE}.png", "Labels"], "Find")])
 def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(
         make, flags, changes, there, absent):
     text = make(*flags, **changes)
@@ -125,39 +126,42 @@ def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(
     assert page.faults == [] and HOSTILE in shown  # as text, to be read
     assert "<script>" not in text and "<img src=x" not in text
     assert "default-src 'none'" in text
-    assert any(HOSTILE in attributes["alt"] for name, attributes in page.tags if name == "img")
+    assert any(HOSTILE in attributes["alt"] for attributes in images_of(page))
     assert all(phrase in shown for phrase in there) and absent not in shown
+    assert "Loss curves" in shown and "lambda_con" in shown  # settings
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("embed_images", ()), ("zero_shot", ()), ("read_image", ("--image", f"{HOSTILE}.png"))])
-def test_scores_and_page_share_what_they_read_and_compute(make, monkeypatch, name, flags):
-    calls = []
-    original = getattr(evaluation, name)
-
-    def count(*args):
-        calls.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(evaluation, name, count)
-    make(*flags)
-    assert len(calls) == 1
-
-
-def test_a_page_is_never_written_over_another_file(make, capsys):
+def test_a_page_is_never_written_over_another_file(make, monkeypatch, capsys):
     before = make()
     with pytest.raises(SystemExit):
-        evaluation.main(["checkpoint.pt", "--report", "page.html"])
+        make()
     assert "is there already" in capsys.readouterr().err
-    args = evaluation.parse_args(["\udcff.pt", "--image", f"{HOSTILE}.png", "--report", "late"])
-    Path("late").write_text("mine")  # came while the model was at work
-    images = np.zeros((1, 3, 8, 8), np.uint8)
-    loaded = evaluation.load_checkpoint("checkpoint.pt")
-    refused("late: cannot be written", evaluation.write_report, args, *loaded, {}, images)
-    assert Path("late").read_text() == "mine" and Path("page.html").read_text() == before
-    args.report = "other name.html"
-    evaluation.write_report(args, *loaded, {}, images)  # \udcff is no Unicode
-    assert not Page(Path("other name.html").read_text()).faults
+    page = report.page
+
+    def slow_page(*args):
+        Path("late.html").write_text("mine")  # came while the model was at work
+        return page(*args)
+
+    monkeypatch.setattr(report, "page", slow_page)
+    refused("late.html: cannot be written", make, file="late.html")
+    assert Path("late.html").read_text() == "mine" and Path("page.html").read_text() == before
+
+
+def test_the_name_of_a_checkpoint_may_be_no_unicode(make):
+    assert not Page(make(checkpoint="\udcff.pt")).faults
+
+
+def test_own_pictures_go_through_the_model_in_batches_and_each_keeps_its_name(make, monkeypatch):
+    names = [f"{i}.png" for i in range(5)]
+    for i, name in enumerate(names):
+        Image.new("L", (8, 8), 50 * i).save(name)
+    monkeypatch.setattr(report, "MAPS_AT_ONCE", 2)
+    with mock.patch.object(report, "attention_maps", side_effect=attention_maps) as maps:
+        page = Page(make("--image", *names))
+    assert [len(call.args[1]) for call in maps.call_args_list] == [2, 2, 1]
+    shown = [image for image in images_of(page) if image["alt"] in names]
+    assert [image["alt"] for image in shown] == names
+    assert [decoded(image["src"])[0, 0, 0] for image in shown] == [0, 50, 100, 150, 200]
 
 
 # Attention
@@ -166,18 +170,19 @@ def test_a_page_is_never_written_over_another_file(make, capsys):
 def followed(record, model, layer=-1):
     """Of the weights of a forward pass: the cross-attention of a layer, and through the pooler."""
     c = model.config
-    layers = [weights.mean(1)[:, :-1] for causal, weights in record if not causal][-c.n_multi:]
+    crossing = [weights for _, weights in record[-2 * c.n_multi:]][1::2]  # after self-attention
+    weights = crossing[layer].mean(1)[:, :-1]
     if not c.n_query:
-        return layers[layer]
-    return layers[layer] @ record[c.encoder_layers][1].mean(1)
+        return weights
+    return weights @ record[c.encoder_layers][1].mean(1)
 
 
 @torch.no_grad()
 def check_maps(case, layer=-1, later=0):
     """The maps of the words are those of a layer, `later` words later; all are shares of one."""
-    model, images, tokens = case.model(), case.images(), case.tokens()
+    model, images, tokens = case.example()
     with recorded_weights() as record:
-        logits = model(images, tokens).logits
+        logits = logits_of(model, images, tokens)
     words, p, embedding, queries = attention_maps(model, images, tokens)
     for maps in (words, embedding, queries):
         assert maps.shape[2] == 4 and (maps >= 0).all()
@@ -204,8 +209,8 @@ def test_control_maps_of_another_layer_or_word_differ(wrong):
 
 
 def test_a_map_lies_on_the_patch_with_the_most_weight():
-    page = Page(evaluation.map_figure(np.array([0.1, 0.1, 0.6, 0.2]), "word"))
-    (_, image), = [one for one in page.tags if one[0] == "img"]
+    page = Page(report.map_figure(np.array([0.1, 0.1, 0.6, 0.2]), "word"))
+    image, = images_of(page)
     assert "row 2, column 1 of 2 x 2" in image["alt"] and "60%" in image["alt"]
     red = decoded(image["src"])[..., 0]
     assert red[1, 0] == 255 and red[0, 0] == red[0, 1] < red[1, 1] < 255
@@ -214,30 +219,31 @@ def test_a_map_lies_on_the_patch_with_the_most_weight():
 @torch.no_grad()
 def test_under_each_map_stand_its_word_and_probability():
     case = dataclasses.replace(CONTROL, seed=30)  # which writes captions of different lengths
-    model, images = case.model(), (case.images() * 127.5 + 127.5).to(torch.uint8)
-    words = ["<pad>", "<begin>", "<end>", *(f"w{i}" for i in range(3, 13))]
+    model = case.model()
+    images = (case.images() * 127.5 + 127.5).to(torch.uint8)
+    words = ["<pad>", "<begin>", "<end>", *[f"w{i}" for i in range(3, 13)]]
     tokens = model.generate(to_model(images))
     p = attention_maps(model, to_model(images), tokens)[1]
-    articles = evaluation.captions_with_maps(model, Tokenizer(words), images.numpy(), "xyz")
+    articles = report.captions_with_maps(model, Tokenizer(words), images.numpy(), "xyz")
     lengths = (tokens != PAD).sum(1)
     assert lengths.min() < lengths.max()
     for row, share, n, article in zip(tokens, p, lengths, articles, strict=True):
         expected = ["image embedding"]
         for t in range(1, n):
-            expected += [words[row[t]], f"{share[t - 1]:.1%}"]
+            expected += [words[row[t]], f" {share[t - 1]:.1%}"]
         shown = Page(article).texts
         start = shown.index("image embedding")
         assert shown[start:][:len(expected) + 1] == [*expected, "The generative pooler's 3 queries"]
 
 
-# Curves, tables, pictures
+# Curves, tables
 
 
 @pytest.mark.parametrize("rows, curves", [
     ([], 0), ([[1, 8, 4, 3, 10]], 0), ([[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]], 3),
     ([[1, 8, 4, 0, 4], [2, 16, 0.3, 0, 0.3]], 2)])
 def test_there_is_a_curve_for_each_loss_that_was_learned(rows, curves):
-    text = "".join(loss_curves(METRICS, torch.tensor(rows).reshape(-1, 5)))
+    text = "".join(loss_curves(COLUMNS, torch.tensor(rows).reshape(-1, 5)))
     assert text.count("<polyline") == curves and not Page(text).faults
     assert ("No curves" in text) == (curves == 0)
 
@@ -265,41 +271,32 @@ def test_a_curve_stays_in_its_frame_and_falls_where_the_loss_falls(n):
         assert (np.diff(points[:, 1]) > 0).all() == down  # SVG counts downwards
 
 
-def check_confusions(predicted, shares, rows):
+def check_confusions(predicted, rows):
     """Of 3 images of class a and 2 of class c."""
-    labels = np.array([0, 0, 0, 2, 2])
-    data = Dataset(np.zeros((5, 3, 1, 1)), [], labels, ["a", "b", "c", "d"])
-    matrix, top = map(Page, confusions(np.array(predicted), data))
-    (_, image), = [one for one in matrix.tags if one[0] == "img"]
-    red = (20 + 235 * np.array(shares)).astype(int)
-    assert np.array_equal(decoded(image["src"])[..., 0], red)
-    assert top.texts[4:] == rows
+    data = Dataset(np.zeros((5, 3, 1, 1)), [], np.array([0, 0, 0, 2, 2]), ["a", "b", "c", "d"])
+    page = Page("".join(confusions(predicted, data)))
+    assert not page.faults and page.texts[4:] == rows
 
 
 def test_confusions_by_hand():
-    """d is neither true nor predicted; where the model says nothing, -1, is left out."""
-    shares = [[1 / 3, 2 / 3, 0], [0, 0, 0], [1 / 2, 0, 1 / 2]]
-    check_confusions([0, 1, 1, 2, 0], shares, ["a", "b", "2 of 3", "c", "a", "1 of 2"])
-    half = [[1 / 2, 1 / 2, 0], [0, 0, 0], [0, 0, 1]]
-    check_confusions([0, -1, 1, 2, -1], half, ["a", "b", "1 of 2"])
+    """Where the model says nothing, -1, no class is taken for another."""
+    check_confusions([0, 1, 1, 2, 0], ["a", "b", "2 of 3", "c", "a", "1 of 2"])
+    check_confusions([0, -1, 1, 2, -1], ["a", "b", "1 of 3"])
+    check_confusions([-1] * 5, [])
     with fails:  # control
-        check_confusions([0, 1, 1, 2, 2], shares, ["a", "b", "2 of 3"])
-
-
-def test_confusions_of_a_model_that_says_nothing_are_a_page_too():
-    data = Dataset(np.zeros((5, 3, 1, 1)), [], np.arange(5), list("abcde"))
-    assert not Page("".join(confusions(np.full(5, -1), data))).faults
+        check_confusions([0, 1, 1, 2, 2], ["a", "b", "2 of 3", "c", "a", "1 of 2"])
 
 
 def test_retrieval_examples_show_the_nearest_first(monkeypatch):
     texts = F.normalize(torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]]), dim=-1)
-    monkeypatch.setattr(evaluation, "embed_texts", lambda *args: texts)
+    monkeypatch.setattr(report, "embed_texts", lambda *args: texts)
     data = Dataset(np.zeros((2, 3, 1, 1), np.uint8), [["x", "y"], ["z"]])
     for images, of_image, of_text in (
-            (torch.eye(2), "x 1.000 y 0.600 z 0.000", "1.000 image 0: x 0.000 image 1: z"),
-            (torch.eye(2).flip(0), "z 1.000 y 0.800 x 0.000", "1.000 image 1: z 0.000 image 0: x")):
-        shown = " ".join(Page("".join(nearest(images, None, None, data))).texts)
-        assert f"Texts for image 0: x text how near {of_image}" in shown
+            (torch.eye(2), "x 1.000 y 0.600", "1.000 image 0: x 0.000 image 1: z"),
+            (torch.eye(2).flip(0), "z 1.000 y 0.800", "1.000 image 1: z 0.000 image 0: x")):
+        monkeypatch.setattr(report, "embed_images", lambda *args, images=images: images)
+        shown = " ".join(Page("".join(report.nearest(None, None, data, best=2))).texts)
+        assert f"Texts for image 0: x text how near {of_image} Texts for" in shown
         assert f"Images for “x” {of_text}" in shown
 
 

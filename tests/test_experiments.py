@@ -1,0 +1,86 @@
+"""python -m experiments: every task in one table, and your own clips where they are asked for."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_video import write_clips
+from toys import record_lessons, save_checkpoint, toy_checkpoint
+
+import data
+import eval as evaluation
+from data import UserError
+from experiments import understanding, video
+from experiments.__main__ import TASKS, main
+from experiments.video import own_clips
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """python -m experiments on a toy checkpoint, in its folder -> what ends it, or None."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("checkpoint.pt", *toy_checkpoint())
+
+    def call(*flags):
+        try:
+            main(["checkpoint.pt", "--device", "cpu", *flags])
+        except (SystemExit, UserError) as e:
+            return str(e)
+    return call
+
+
+def test_every_task_runs_and_stands_in_the_table_with_its_chance(command, monkeypatch, capsys):
+    transfer = evaluation.transfer
+
+    def two_steps(model, read, classifier, train, test, recipe, what):
+        train, test = [(tuple(t[:8] for t in part[0]), part[1][:8]) for part in (train, test)]
+        return transfer(model, read, classifier, train, test, replace(recipe, steps=2), what)
+
+    grey = np.full((3, 8, 8), 128, np.uint8)
+    for module in (evaluation, video, understanding):
+        monkeypatch.setattr(module, "transfer", two_steps)
+    for module in (data, video, understanding):
+        monkeypatch.setattr(module, "draw", lambda *args: grey)
+    assert command("--json", "scores.json") is None
+    captured = capsys.readouterr()
+    assert "left out" not in captured.err
+    scores = json.loads(Path("scores.json").read_text())
+    for what in ("zero-shot top-1", "image to text R@1", "BLEU-4", "frozen, new pooler", "finetuned",
+                 "video to text R@1", "video, frozen", "video order, frozen", "questions",
+                 "entailment, text hidden"):
+        assert what in scores
+    for what, row in scores.items():
+        assert 0 <= row["chance"] <= 1 and 0 <= row["score"] <= 10
+        assert what in captured.out or what.endswith(("R@5", "BLEU-1", "BLEU-2", "BLEU-3"))
+    seconds = [line for line in captured.out.split("\n") if line.count(".") == 3]
+    assert len(seconds) == len(TASKS)
+
+
+def test_clips_are_what_the_video_task_learns(command, monkeypatch, tmp_path, capsys):
+    lessons = record_lessons(monkeypatch, video)
+    folder = write_clips(tmp_path / "clips", run=12, walk=12)
+    assert command("--task", "video", "--clips", str(folder)) is None
+    assert "video, from scratch" in capsys.readouterr().out and len(lessons) == 3
+    for lesson in lessons:
+        assert np.array_equal(lesson.train[0][0], own_clips(folder, 8)[0].images)
+    lessons.clear()
+    assert command("--task", "video") is None  # control: without
+    assert lessons[0].train[0][0].shape == (300, 8, 3, 8, 8)
+
+
+def test_clips_that_nothing_learns_or_that_are_not_there_are_refused_before_the_work(
+        command, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: pytest.fail("work"))
+    assert command("--task", "frozen", "video-retrieval", "--clips", "clips") == "2"
+    assert "--clips is for the task video" in capsys.readouterr().err.splitlines()[-1]
+    for flags in ((), ("--task", "video")):
+        assert "clips: 0 classes with clips" in command("--clips", "clips", *flags)
+    assert command("--clip", "clips") == "2"  # flags are not abbreviated
+
+
+def test_a_json_file_is_not_overwritten(command, capsys):
+    Path("scores.json").write_text("mine")
+    assert command("--json", "scores.json") == "2"
+    assert "is there already" in capsys.readouterr().err.splitlines()[-1]
+    assert Path("scores.json").read_text() == "mine"

@@ -1,0 +1,242 @@
+"""Videos: which clips there are, which of their frames count, who learns from what."""
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CONTROL, fails, refused
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from toys import SPECIAL, WORDS, drawn_by, record_lessons, same_tensors, toy_checkpoint
+
+from data import Dataset, held_out, to_model
+from experiments import video
+from experiments.video import VideoClassifier, embed_clips, moving_shapes, own_clips, read_clip
+from train import new_model
+
+# Frames
+
+
+@given(st.integers(1, 40), st.integers(2, 20))
+def test_frames_are_sampled_uniformly_from_first_to_last(count, frames):
+    chosen = video.sample_frames(count, frames)
+    assert len(chosen) == frames
+    assert np.abs(chosen - np.arange(frames) * (count - 1) / (frames - 1)).max() <= 0.5
+
+
+def random_clips(count, frames):
+    return np.random.default_rng(0).integers(0, 256, (count, frames, 3, 8, 8), np.uint8)
+
+
+def mean_of_frames(model, clips):
+    """clips (N, T, 3, S, S) -> (N, E), from the definition."""
+    frames = [model.encode_image(to_model(torch.from_numpy(clip))) for clip in clips]
+    return F.normalize(torch.stack(frames).mean(1), dim=-1)
+
+
+@torch.no_grad()
+def test_a_video_embedding_is_the_mean_of_16_frames():
+    model = CONTROL.model()
+    clips = random_clips(2, 31)
+    torch.testing.assert_close(embed_clips(model, clips), mean_of_frames(model, clips[:, ::2]))
+    with fails:  # control: of other frames
+        torch.testing.assert_close(embed_clips(model, clips), mean_of_frames(model, clips[:, ::4]))
+
+
+@torch.no_grad()
+def test_videos_are_retrieved_by_16_of_their_24_frames(monkeypatch):
+    asked = []
+    monkeypatch.setattr(video, "retrieval", lambda *args: asked.append(args))
+    video.video_retrieval_task(*toy_checkpoint())
+    (embedding, model, _, captions, what), = asked
+    data, _ = moving_shapes("labelled-val", 8, 200, 0, 24)
+    chosen = data.images[:5, np.linspace(0, 23, 16).round().astype(int)]
+    torch.testing.assert_close(embedding[:5], mean_of_frames(model, chosen))
+    assert captions == data.captions and len(embedding) == 200 and what == "video"
+
+
+@torch.no_grad()
+def test_each_frame_goes_alone_through_the_encoder_and_through_no_pretrained_pooler():
+    model = CONTROL.model()
+    clips = torch.from_numpy(random_clips(2, 3))
+    tokens, = video.clip_tokens(model, clips)
+    frames = torch.stack([model.encoder(to_model(clip)) for clip in clips])
+    torch.testing.assert_close(tokens, frames)
+    with fails:  # control
+        torch.testing.assert_close(tokens, frames.flip(1))
+
+
+def check_order(seed, frames, embedded):
+    torch.manual_seed(seed)
+    classifier = VideoClassifier(8, 2, 5, embedded).double()
+    clips = torch.randn(3, frames, 4, 8, dtype=torch.float64)
+    torch.testing.assert_close(classifier(clips), classifier(clips.roll(1, dims=1)))
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6))
+def test_without_a_temporal_embedding_the_order_of_frames_changes_nothing(seed, frames):
+    check_order(seed, frames, embedded=0)
+    with fails:  # control
+        check_order(seed, frames, embedded=frames)
+
+
+# Clips
+
+
+def test_generated_clips_show_their_label_and_its_direction_only_in_order():
+    pictures, (what, where) = drawn_by(video, moving_shapes, "labelled", 1, 30, frames=4)
+    x = np.array([things[0].x for things in pictures]).reshape(30, 4)
+    assert (np.sign(np.diff(x)) == np.where(where.labels, 1, -1)[:, None]).all()
+    assert set(where.labels) == {0, 1}
+    from_middle = x - x.mean(1, keepdims=True)
+    np.testing.assert_allclose(from_middle, -from_middle[:, ::-1])  # as far on both sides
+    assert ((x < 0.5) == (x[:, :1] < 0.5)).all()  # the caption's corner stays true
+    for text, label in zip(what.captions, what.labels):
+        assert what.classes[label] in text[0]
+
+
+def write_clips(folder, **classes):
+    """Clips of one grey each, arrays and folders of frames in turn; classes: how many of each."""
+    for c, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            path = folder / name / f"clip{i}"
+            if i % 2:
+                np.save(path.with_suffix(".npy"), np.full((5, 12, 8, 3), 100 * c + i, np.uint8))
+                continue
+            path.mkdir()
+            for frame in range(3):
+                Image.new("L", (12, 8), 100 * c + i).save(path / f"{frame}.png")
+    return folder
+
+
+def test_own_clips_are_read_from_folders_and_arrays_but_not_hidden_files_or_empty_classes(tmp_path):
+    write_clips(tmp_path, run=12, walk=12)
+    for place in (".git", "jump"):
+        (tmp_path / place).mkdir()
+    for place in (".DS_Store", "notes.txt", "jump/.DS_Store", "run/.DS_Store", "run/clip0/.DS_Store"):
+        (tmp_path / place).write_text("?")
+    train, test = own_clips(tmp_path, 8, 4)
+    assert set(test.names) == held_out(train.names + test.names)
+    assert len(train) + len(test) == 24 and len(test) > 0
+    for part in (train, test):
+        assert part.classes == ["run", "walk"]
+        assert part.images.shape[1:] == (4, 3, 8, 8)
+        for clip, label, name in zip(part.images, part.labels, part.names):
+            assert clip.min() == clip.max() and (clip[0, 0, 0, 0] >= 100) == label
+            assert name.startswith(part.classes[label])
+
+
+def test_the_middle_of_a_wide_clip_is_kept(tmp_path):
+    clip = np.zeros((2, 8, 24, 3), np.uint8)
+    clip[:, :, 8:16] = 255
+    np.save(tmp_path / "x.npy", clip)
+    assert (read_clip(tmp_path / "x.npy", 8, 3) == 255).all()
+
+
+def test_frame_2_comes_before_frame_10(tmp_path):
+    for i in range(1, 13):
+        Image.new("L", (8, 8), 10 * i).save(tmp_path / f"frame{i}.png")
+    assert read_clip(tmp_path, 8, 12)[:, 0, 0, 0].tolist() == list(range(10, 130, 10))
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda run: (run / "empty").mkdir(), "a clip without frames"),
+    (lambda run: (run / "x.mp4").write_bytes(b"film"), "x.mp4.*folder of frames"),
+    (lambda run: np.save(run / "x.npy", np.zeros((3, 8, 8), np.uint8)), r"\(3, 8, 8\)"),
+    (lambda run: np.save(run / "x.npy", np.array([{}], object)), "not a readable array"),
+    (lambda run: (run / "x.npy").write_bytes(b"\x93NUMPY"), "not a readable array"),
+    (lambda run: (run / "clip0" / "0.png").write_bytes(b"no"), "not a readable image"),
+    (lambda run: (run / "clip0.npy").mkdir() or run.rename(run.parent / ".run"), "1 classes with"),
+    (lambda run: run.parent.rename(run.parent.with_name("gone")), "0 classes with clips")],
+    ids=["empty", "mp4", "flat", "objects", "cut off", "bad frame", "one class", "nowhere"])
+def test_bad_clips_are_one_clear_line(tmp_path, break_it, message):
+    break_it(write_clips(tmp_path / "clips", run=3, walk=3) / "run")
+    refused(message, own_clips, tmp_path / "clips", 8, 4)
+
+
+# The task
+
+
+def lessons_of(patch, clips=None):
+    """-> the pretrained model, {what: its lesson}, {what: (score, chance)}."""
+    model, tokenizer, settings = toy_checkpoint()
+    lessons = record_lessons(patch, video)
+    with torch.no_grad():
+        found = video.video_task(model, tokenizer, settings, clips)
+    return model, dict(zip(found, lessons, strict=True)), found
+
+
+def mine(folder):
+    return own_clips(write_clips(folder, jump=4, run=24, walk=9), 8)
+
+
+def test_frozen_is_frozen_finetuned_is_finetuned_and_all_see_as_many_clips(monkeypatch):
+    model, lessons, _ = lessons_of(monkeypatch)
+    for what, lesson in lessons.items():
+        assert lesson.recipe.lr > 0 and lesson.read is video.clip_tokens
+        assert (lesson.recipe.encoder_lr > 0) == (what in ("video, finetuned", "video, from scratch"))
+        assert (lesson.model is model) == (what != "video, from scratch")
+        assert lesson.recipe.steps * lesson.recipe.batch == 4800
+    having = [what for what, lesson in lessons.items() if lesson.classifier.time is not None]
+    assert having == ["video order, frozen, temporal embedding"]
+    assert lessons[having[0]].classifier.time.shape == (8, 1, 16)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_from_scratch_starts_as_train_py_starts(monkeypatch, tmp_path, own):
+    model, lessons, _ = lessons_of(monkeypatch, mine(tmp_path) if own else None)
+    lesson = lessons["video, from scratch"]
+    frames = lesson.train[0][0].flatten(0, 1).numpy()
+    some = frames[::-(-len(frames) // 256)]
+    settings = SimpleNamespace(**asdict(model.config), seed=0, fresh=[], data="shapes")
+    started = {}
+    for settings.data in ("shapes", "cifar10"):
+        data = Dataset(some, [[" ".join(WORDS[4:])]])  # with as many words: they are drawn, too
+        started[settings.data] = new_model(settings, data)[0].encoder
+    assert same_tensors(lesson.model.encoder, started["cifar10" if own else "shapes"])
+    for other in (started["shapes" if own else "cifar10"], model.encoder):
+        assert not same_tensors(lesson.model.encoder, other)
+
+
+def check_lesson(lesson, data, test):
+    """It learns data and is scored on test."""
+    for ((clips,), labels), expected in ((lesson.train, data), (lesson.test, test)):
+        assert np.array_equal(clips, expected.images) and np.array_equal(labels, expected.labels)
+    assert lesson.classifier.linear.out_features == len(data.classes)
+
+
+def test_generated_clips_are_learned_from_and_others_tested(monkeypatch):
+    _, lessons, found = lessons_of(monkeypatch)
+    learned = moving_shapes("labelled", 8, 300, 0, 8)
+    tested = moving_shapes("labelled-val", 8, 400, 0, 8)
+    assert not np.array_equal(learned[0].images[0], tested[0].images[0])
+    most = np.bincount(tested[0].labels).max() / 400
+    for what in ("video, frozen", "video, finetuned", "video, from scratch"):
+        check_lesson(lessons[what], learned[0], tested[0])
+        assert found[what] == (0.125, most)
+    both_ways = Dataset(np.concatenate([tested[1].images, tested[1].images[:, ::-1]]), [],
+                        np.concatenate([tested[1].labels, 1 - tested[1].labels]))
+    for what in ("video order, frozen", "video order, frozen, temporal embedding"):
+        check_lesson(lessons[what], learned[1], both_ways)
+        assert found[what] == (0.125, 0.5)
+
+
+def test_own_clips_are_learned_and_chance_is_the_commonest_class_of_the_tested(monkeypatch, tmp_path):
+    data, test = mine(tmp_path)
+    _, lessons, found = lessons_of(monkeypatch, (data, test))
+    assert list(lessons) == ["video, frozen", "video, finetuned", "video, from scratch"]
+    commonest = max(test.labels.tolist().count(label) for label in range(3)) / len(test)
+    assert commonest not in (1 / 2, 1 / 3) and data.images.shape[1] == 8
+    for what, lesson in lessons.items():
+        check_lesson(lesson, data, test)
+        assert found[what] == (0.125, commonest)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(lambda_con=0.0), "-con 0"), (dict(words=[*SPECIAL, "red", "ring"]), "lacks words")])
+def test_retrieval_needs_embeddings_and_the_words_of_scenes(changes, message):
+    refused(message, video.video_retrieval_task, *toy_checkpoint(**changes))

@@ -1,0 +1,49 @@
+"""A random checkpoint that knows the words of scenes, and a look at what a task would learn."""
+from collections import namedtuple
+from dataclasses import asdict
+from unittest import mock
+
+import numpy as np
+import torch
+from helpers import CONTROL
+
+from data import COLOURS, RADII, SHAPES, Tokenizer
+from eval import FORMAT
+
+SPECIAL = ["<pad>", "<begin>", "<end>", "<unk>"]
+WORDS = [*SPECIAL, *COLOURS, *SHAPES, *RADII, *"a at the top bottom left right and".split()]
+COLUMNS = ["step", "images", "loss_con", "loss_cap", "loss"]
+
+
+def toy_checkpoint(words=WORDS, **changes):
+    """-> model, tokenizer, settings of a run."""
+    model = CONTROL.model(vocab_size=len(words), text_len=32, **changes)
+    return model, Tokenizer(words), dict(data="shapes", data_dir=None, seed=0)
+
+
+def save_checkpoint(path, model, tokenizer, settings, rows=()):
+    metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(COLUMNS))
+    torch.save(dict(format=FORMAT, config=asdict(model.config), vocabulary=tokenizer.words,
+                    settings=settings, model=model.state_dict(), step=len(rows),
+                    metrics_names=COLUMNS, metrics=metrics), path)
+
+
+def same_tensors(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+Lesson = namedtuple("Lesson", "model read classifier train test recipe what")
+
+
+def record_lessons(patch, module):
+    """From now on the module's tasks learn nothing and score 0.125 -> a list of what they ask for."""
+    lessons = []
+    patch.setattr(module, "transfer", lambda *args: lessons.append(Lesson(*args)) or 0.125)
+    return lessons
+
+
+def drawn_by(module, make, *args, **named):
+    """The things of all pictures that make(...) draws, and what it returns; nothing is painted."""
+    with mock.patch.object(module, "draw", return_value=np.zeros((3, 1, 1), np.uint8)) as draw:
+        made = make(*args, **named)
+    return [call.args[0] for call in draw.call_args_list], made
