@@ -21,7 +21,7 @@ import re
 import sys
 import tarfile
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -786,18 +786,19 @@ def captions_table(data_dir, part):
     picture's name chooses one in ten to evaluate on.
     """
     folder = os.path.abspath(data_dir if data_dir.is_dir() else data_dir.parent)
+    known = [os.path.join(folder, name) for name in FOLDERS]
     subfolders = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
     listed = flickr8k_lists(folder)
     paths = {}  # of each picture's name
-    captions = {}  # of each path
+    captions = defaultdict(list)  # of each path
     splits = {}  # of each path
     for table, of_table in find_tables(data_dir).items():
         for row in read_table(table):
             name = posixpath.normpath(row.picture.strip().replace("\\", "/"))
             if name not in paths:
-                paths[name] = find_picture(name, folder, subfolders)
+                paths[name] = find_picture(name, known, subfolders)
             path = paths[name]
-            captions.setdefault(path, []).extend(row.captions)
+            captions[path] += row.captions
             split = of_table or row.split or listed.get(name, "")
             if splits.setdefault(path, split) != split:
                 raise UserError(f"{table}: line {row.line}: {name} is in two splits, {split} and "
@@ -883,23 +884,25 @@ def column_rows(path, text):
 
     delimiter = max(",|;\t", key=text.lstrip("\n").split("\n")[0].count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    rows = []  # the line that each starts at, and its cells
+    rows = []
+    lines = []  # that each starts at
     line = 1
     try:
         for cells in reader:
             if "".join(cells).strip():
-                rows.append((line, cells))
+                rows.append(cells)
+                lines.append(line)
             line = reader.line_num + 1
     except csv.Error as e:
         raise wrong(line, f"{e}: a quote is not closed, or not doubled within a caption") from None
-    header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in rows[0][1]] if rows else []
+    header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in rows[0]] if rows else []
     pictures = [header.index(name) for name in PICTURES if name in header]
     kind = next((name for name in CAPTIONS if name in header), None)
     if not pictures or not kind:
         raise wrong(1, f"must name the columns, such as image,caption, not {header!s:.80}")
-    names = {cells[pictures[0]].strip() for _, cells in rows if len(cells) == len(header)} - {""}
+    names = {cells[pictures[0]].strip() for cells in rows if len(cells) == len(header)} - {""}
     endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
-    for line, cells in rows[1:]:
+    for line, cells in zip(lines[1:], rows[1:]):
         if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
             cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
         if len(cells) != len(header):
@@ -924,16 +927,16 @@ def column_rows(path, text):
         yield Row(picture, captions, KINDS[split] if split else "", line)
 
 
-def find_picture(name, folder, subfolders):
-    """Path of a picture: the name below the folder, or below one of FOLDERS there, or below the
-    only subfolder that holds it. (An absolute name is its own path.)
+def find_picture(name, known, subfolders):
+    """Path of a picture: the name below the first of the known folders that holds it, or below the
+    only subfolder that does. (An absolute name is its own path.)
     """
-    for known in FOLDERS:
-        path = os.path.join(folder, known, name)
+    for folder in known:
+        path = os.path.join(folder, name)
         if os.path.isfile(path):
             return path
-    holders = [other for other in subfolders if os.path.isfile(os.path.join(other, name))]
-    return os.path.join(holders[0] if len(holders) == 1 else folder, name)
+    holders = [folder for folder in subfolders if os.path.isfile(os.path.join(folder, name))]
+    return os.path.join(holders[0] if len(holders) == 1 else known[0], name)
 
 
 def held_out(names):
