@@ -877,45 +877,46 @@ def flickr8k_lists(folder):
     return splits
 
 
+def csv_rows(path, text, delimiter):
+    """-> the line that each row starts at, its cells; without empty rows."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if "".join(cells).strip():
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise UserError(f"{path}: line {line}: {e}: a quote is not closed, or not doubled within a "
+                        "caption") from None
+
+
 def column_rows(path, text):
     """A table with a header line: a column of pictures, one or more of captions, maybe a split."""
     def wrong(line, why):
         return UserError(f"{path}: line {line}: {why}")
 
     delimiter = max(",|;\t", key=text.lstrip("\n").split("\n")[0].count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    rows = []
-    lines = []  # that each starts at
-    line = 1
-    try:
-        for cells in reader:
-            if "".join(cells).strip():
-                rows.append(cells)
-                lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as e:
-        raise wrong(line, f"{e}: a quote is not closed, or not doubled within a caption") from None
-    header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in rows[0]] if rows else []
+    rows = csv_rows(path, text, delimiter)
+    _, header = next(rows, (1, []))
+    header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in header]
     pictures = [header.index(name) for name in PICTURES if name in header]
     kind = next((name for name in CAPTIONS if name in header), None)
     if not pictures or not kind:
         raise wrong(1, f"must name the columns, such as image,caption, not {header!s:.80}")
-    names = {cells[pictures[0]].strip() for cells in rows if len(cells) == len(header)} - {""}
-    endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
-    for line, cells in zip(lines[1:], rows[1:]):
+    names = set()
+    broken = []  # cells of more than one line
+    for line, cells in rows:
         if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
             cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
         if len(cells) != len(header):
             raise wrong(line, f"{len(cells)} cells, but {len(header)} columns; quote captions that "
                               f"hold {delimiter!r} or a line break")
         picture = cells[pictures[0]].strip()
-        for cell in [cell for cell in cells if "\n" in cell]:
-            for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
-                if name.strip() in names or name.strip().endswith(endings):
-                    raise wrong(line, f"a quote is opened here and closed behind {name.strip()}; "
-                                      "double it or take it out")
         if not picture or "\n" in picture:
             raise wrong(line, "no picture's name, or one of two lines")
+        names.add(picture)
+        broken += [(line, cell) for cell in cells if "\n" in cell]
         split = ""
         if "split" in header:
             split = cells[header.index("split")].strip().lower()
@@ -925,6 +926,12 @@ def column_rows(path, text):
         if captions[0].startswith(("['", '["')):
             raise wrong(line, "a list of captions; give each a row of its own")
         yield Row(picture, captions, KINDS[split] if split else "", line)
+    endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
+    for line, cell in broken:
+        for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
+            if name.strip() in names or name.strip().endswith(endings):
+                raise wrong(line, f"a quote is opened here and closed behind {name.strip()}; double "
+                                  "it or take it out")
 
 
 def find_picture(name, known, subfolders):
