@@ -1,0 +1,305 @@
+"""Runs: a stop changes no result, what is saved is whole and finite, one folder holds one run."""
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import quick
+import torch
+from helpers import fails
+from quick import check_same, check_whole, end_of, run
+
+import train
+from coca import CoCa
+from data import UserError
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    quick.make_small(monkeypatch)
+
+
+# Stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def whole_and_cut(tmp_path_factory):
+    """A folder of two runs: `whole` of 5 steps, and `cut`, the same run stopped after 3."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        quick.make_small(patch)
+        run(folder / "whole", "--steps 5 --seed 3")
+        quick.stop_at(patch, 3)
+        end_of(folder / "cut", "--steps 5 --seed 3")
+    return folder
+
+
+@pytest.fixture
+def cut(whole_and_cut, tmp_path):
+    """A copy of the stopped run."""
+    return Path(shutil.copytree(whole_and_cut / "cut", tmp_path / "cut"))
+
+
+@pytest.fixture
+def whole(whole_and_cut):
+    return whole_and_cut / "whole"
+
+
+@pytest.mark.parametrize("kept", [0, -40, None])
+def test_resume_gives_the_run_without_a_stop(kept, whole, cut):
+    check_whole(cut, 3)
+    text = (cut / "metrics.csv").read_bytes()
+    (cut / "metrics.csv").write_bytes(text[:kept])  # damaged: it is made again
+    run(cut, "--resume")
+    check_same(whole, cut)
+    check_whole(cut, 5)
+
+
+def test_control_a_resume_that_forgets_the_optimizer_is_caught(whole, cut, monkeypatch):
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda *args: None)
+    run(cut, "--resume")
+    with fails:
+        check_same(whole, cut)
+
+
+def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
+    """SIGKILL, four times, while each step is saved: all is as in a run that nobody killed."""
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    checkpoint = killed / "checkpoint.pt"
+    chance = random.Random(0)
+    for how in ("", "--resume", "--resume", "--resume"):
+        before = checkpoint.stat().st_mtime_ns if how else 0
+        process = quick.start(killed, f"--steps 40 {how}")
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    run(killed, "--resume")
+    run(whole, "--steps 40")
+    for path in killed.glob("*.tmp"):  # all that a kill can leave behind
+        path.unlink()
+    check_same(whole, killed)
+    check_whole(killed, 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [2, 4])  # 4: the last
+def test_a_signal_saves_and_ends_with_the_command_that_goes_on(step, number, tmp_path, monkeypatch,
+                                                               capsys):
+    out = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        quick.stop_at(patch, step, number)
+        assert end_of(shlex.quote(str(out)), "--steps 4") == str(128 + number)
+    check_whole(out, step)
+    said = capsys.readouterr().out.splitlines()[-1]
+    go_on = re.fullmatch(f"stopped after step {step}, saved; go on with: python train.py (.+)", said)
+    train.main(shlex.split(go_on[1]))
+    check_whole(out, 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_as_usual_and_on_several_processes_the_first(number):
+    usual = []
+    signal.signal(number, lambda number, frame: usual.append(number))
+    with train.noted_signals(1) as asked:
+        os.kill(os.getpid(), number)
+        assert asked == [number] and usual == []
+        os.kill(os.getpid(), number)
+        assert asked == [number] and usual == [number]
+    with train.noted_signals(2) as asked:
+        os.kill(os.getpid(), number)
+        assert asked == [] and usual == [number] * 2
+
+
+def test_a_run_goes_on_with_the_same_data_only_wherever_they_are(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    cut = tmp_path / "cut"
+    command = f"{quick.own_images(here)} --steps 4 --accum 2"
+    run(tmp_path / "whole", command)
+    with monkeypatch.context() as patch:
+        quick.stop_at(patch, 2)
+        end_of(cut, command)
+    before = (cut / "checkpoint.pt").read_bytes()
+    text = (here / "captions.txt").read_text()
+    shutil.copy(here / "15.png", here / "15b.png")  # (both names are chosen for training)
+    for row in ("15.png,kater\n", "15.png,Hund\n", "15b.png,hund\n", ""):
+        (here / "captions.txt").write_text(text.replace("15.png,hund\n", row))
+        message = end_of(cut, f"{command} --resume")
+        assert re.fullmatch("the data are not those .*--init .*checkpoint.pt", message)
+        assert before == (cut / "checkpoint.pt").read_bytes()
+    (here / "captions.txt").write_text(text)
+    shutil.move(here, tmp_path / "moved")
+    assert "here: no such folder" in end_of(cut, f"{command} --resume")
+    monkeypatch.chdir(tmp_path)
+    train.main(f"--resume --data-dir moved --out {cut}".split())
+    assert quick.checkpoint_of(cut)["settings"]["data_dir"] == str(tmp_path / "moved")
+    check_same(tmp_path / "whole", cut)  # with --accum 1 the last digits would differ
+
+
+# What is saved, and when
+
+
+def check_saves(patch, out, cost, every):
+    """Steps take 10 s, and a save `cost` seconds: at most 5 % of the time goes into saving."""
+    def steps(*args):
+        for step in range(60):
+            clock[0] += 10
+            yield step, 1.0, 1.0
+
+    def validate(*args):
+        work.append(clock[0] - saved[-1])
+        clock[0] += cost
+        saved.append(clock[0])
+        return [1.0, 1.0]
+
+    work = []
+    clock = quick.slow_steps(patch)
+    saved = [clock[0]]
+    patch.setattr(train, "train", steps)
+    patch.setattr(train, "validate", validate)
+    run(out, f"--steps 60 --save-every {every}")
+    check_whole(out, 60)
+    least = max(every, 20 * cost)
+    for seconds in work[1:-1]:
+        assert least < seconds <= least + 10
+
+
+@pytest.mark.parametrize("cost, every", [(0, 30), (1, 30), (4, 30), (1, 125)])
+def test_saves_take_at_most_5_percent_of_the_time(cost, every, monkeypatch, tmp_path):
+    check_saves(monkeypatch, tmp_path, cost, every)
+
+
+def test_control_saves_that_are_thought_to_take_no_time_are_caught(monkeypatch, tmp_path):
+    save = train.save
+    monkeypatch.setattr(train, "save", lambda *args: 0 * save(*args))
+    with fails:
+        check_saves(monkeypatch, tmp_path, 4, 30)
+
+
+@pytest.mark.parametrize("failing, name", [(3, "checkpoint"), (4, "metrics")])  # of the writes
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
+def test_a_full_disk_or_a_stop_leaves_whole_files_to_go_on_from(error, failing, name, whole, cut,
+                                                               monkeypatch):
+    def full(file):
+        calls.append(file)
+        if len(calls) == failing:
+            assert (cut / f"{name}.{os.getpid()}.tmp").exists()  # two runs have two numbers
+            raise error
+
+    calls = []
+    with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)) as end:
+        patch.setattr(os, "fsync", full)
+        run(cut, "--resume")
+    assert re.fullmatch("|.* cannot be written .full.; the one before is untouched", str(end.value))
+    assert len(quick.rows_of(cut)) == 3 and len([*cut.iterdir()]) == 2
+    assert quick.checkpoint_of(cut)["step"] == (3 if failing == 3 else 5)
+    run(cut, "--resume")
+    check_same(whole, cut)
+
+
+@pytest.mark.parametrize("field, message, grad", [
+    ("con", "loss_con is nan", True), ("cap", "loss_cap nan", True), ("total", "norm nan", True),
+    ("cap", "validation losses .*nan", False)])
+def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(field, message, grad, tmp_path,
+                                                                  monkeypatch):
+    def losses(model, images, tokens):
+        loss = real(model, images, tokens)
+        if torch.is_grad_enabled() == grad:
+            calls.append(loss)
+        if len(calls) == 5:
+            loss = loss._replace(**{field: math.nan * getattr(loss, field)})
+        return loss
+
+    calls = []
+    real = CoCa.losses
+    monkeypatch.setattr(CoCa, "losses", losses)
+    quick.slow_steps(monkeypatch)
+    said = f"step {5 if grad else 3}: .*{message}.* smaller --lr .*"
+    assert re.fullmatch(said, end_of(tmp_path, "--steps 9"))
+    check_whole(tmp_path, 3 if grad else 2)
+
+
+@pytest.mark.parametrize("checked", [True, False])  # False: the control
+def test_weights_that_explode_in_the_last_step_are_not_saved(checked, tmp_path, monkeypatch):
+    if checked:
+        said = end_of(tmp_path, "--lr 1e38 --steps 1")
+        assert re.fullmatch("step 1: validation losses .*(nan|inf).* smaller --lr .*", said)
+    else:
+        monkeypatch.setattr(math, "isfinite", lambda value: True)
+        run(tmp_path, "--lr 1e38 --steps 1")
+    check_whole(tmp_path, 0 if checked else 1)
+
+
+# One folder, one run
+
+
+def check_claims(out, count):
+    """Of eight runs that start at once so many get a folder, each another one."""
+    def claim(_):
+        s = SimpleNamespace(resume=False, out=out, data="shapes")
+        try:
+            stack.enter_context(train.run_folder(s, 0))
+            return [s.out]
+        except UserError as e:
+            assert "no place for a new run" in str(e)
+            return []
+
+    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        folders = sum(pool.map(claim, range(8)), [])
+        for folder in folders:  # as after a first save
+            (Path(folder) / "checkpoint.pt").touch()
+    assert len(folders) == len(set(folders)) == count
+
+
+def test_of_runs_that_start_at_once_each_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    def open_together(path, mode):
+        all_looked.wait(10)  # all have seen an empty folder
+        return open(path, mode if exclusive else "w")
+
+    all_looked = threading.Barrier(8)
+    exclusive = True
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "open", open_together, raising=False)
+    check_claims(None, 8)
+    check_claims("a", 1)
+    with fails, monkeypatch.context() as patch:  # control: all look, then make what they saw free
+        patch.setattr(train, "free_folder", lambda data: f"runs/{data}-9")
+        check_claims(None, 8)
+    exclusive = False
+    with fails:  # control
+        check_claims("b", 1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_a_run_that_fails_before_its_first_save_leaves_things_as_they_were(there, error, tmp_path,
+                                                                           monkeypatch):
+    def load(*args, **how):
+        assert out.exists()  # it is tried before the data are read
+        raise error("no data")
+
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(error, match="no data"):
+        patch.setattr(train, "load", load)
+        run(out)
+    assert [*tmp_path.iterdir()] == [out] * there and not any(tmp_path.glob("out/*"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(out)
+    check_whole(out, 0)  # control: after it the run stays
