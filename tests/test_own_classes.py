@@ -1,71 +1,42 @@
 """eval.py --image: captions of your pictures, or --labels and --find: your own words for them."""
 import json
-import math
 import re
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import CONTROL, cases, fails, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from toys import SPECIAL, save_checkpoint
 
 import eval as evaluation
 from data import Tokenizer, UserError
 from eval import caption, check_texts, compare, embed_images, embed_texts
 
 WORDS = ["a", "red", "blue", "green", "circle", "ring", "bar", "big", "cross"]
-TOKENIZER = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", *WORDS])
+TOKENIZER = Tokenizer([*SPECIAL, *WORDS])
 LABELS = ["a red circle", "a blue ring", "a green bar", "red ring", "big blue cross"]
 NAMES = ["0.png", "1.png", "2.png", "3.png"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8)
 
 
-def test_labels_and_find_by_hand(monkeypatch):
-    table = {"red": [1, 0, 0], "blue": [0, 1, 0], "green": [0, 0, 1], "both": [0.6, 0.8, 0]}
-
-    def look_up(model, *names):
-        return torch.tensor([table[name] for name in names[-1]]).float()
-
-    monkeypatch.setattr(evaluation, "embed_images", look_up)
-    monkeypatch.setattr(evaluation, "embed_texts", look_up)
-    model = CONTROL.model()
-    model.log_temperature.data.fill_(math.log(0.5))
-    pictures = ["blue", "red", "both"]
-    found = compare(model, TOKENIZER, pictures, pictures, ["red", "blue"], ["both", "green"])
-    expected = 1 / (1 + math.exp(-1 / 0.5))  # of cosines 1 and 0, at temperature 0.5
-    assert found["labels"]["blue"] == pytest.approx({"blue": expected, "red": 1 - expected})
-    assert found["labels"]["red"] == pytest.approx({"red": expected, "blue": 1 - expected})
-    assert list(found["labels"]["blue"]) == ["blue", "red"]  # each picture's own label comes first
-    assert list(found["labels"]["red"]) == ["red", "blue"]
-    assert found["find"]["both"] == pytest.approx({"both": 1, "blue": 0.8, "red": 0.6})
-    assert list(found["find"]["both"]) == ["both", "blue", "red"]
-    assert list(found["find"]) == ["both", "green"]
-    assert list(compare(model, TOKENIZER, pictures, pictures, ["red", "blue"], None)) == ["labels"]
-    assert list(compare(model, TOKENIZER, pictures, pictures, None, ["green"])) == ["find"]
-    with fails:  # control: the softmax of the cosines alone
-        assert found["labels"]["blue"]["blue"] == pytest.approx(1 / (1 + math.exp(-1)))
-
-
 @torch.no_grad()
-def check_against_the_model(case, labels, sign=1, prompt="{}"):
-    """Probabilities are the model's, sum to one, and come in order whatever that of the labels."""
+def check_against_the_model(case, labels, sign=1, prompt="{}", temperature=None):
+    """Shares are the softmax of Eq. (2) and sum to one; all is sorted, whatever the labels' order."""
     model = case.model()
     found = compare(model, TOKENIZER, IMAGES, NAMES, labels, LABELS[:2])
     texts = embed_texts(model, TOKENIZER, [prompt.format(label) for label in LABELS])
-    cosines = (embed_images(model, IMAGES) @ texts.T)
-    probabilities = (cosines / model.temperature).softmax(1)
-    for i, name in enumerate(NAMES):
-        expected = dict(zip(LABELS, probabilities[i].tolist()))
-        assert found["labels"][name] == pytest.approx(expected, abs=1e-5)
+    cosines = embed_images(model, IMAGES) @ texts.T
+    shares = (cosines / (temperature or model.temperature)).softmax(1)
+    for name, row in zip(NAMES, shares.tolist()):
+        assert found["labels"][name] == pytest.approx(dict(zip(LABELS, row)), abs=1e-5)
         values = list(found["labels"][name].values())
         assert sum(values) == pytest.approx(1) and values == sorted(values, reverse=True)
-    for j, text in enumerate(LABELS[:2]):
-        assert found["find"][text] == pytest.approx(dict(zip(NAMES, cosines[:, j].tolist())), abs=1e-5)
+    for text, row in zip(LABELS[:2], cosines.T.tolist()):
+        assert found["find"][text] == pytest.approx(dict(zip(NAMES, row)), abs=1e-5)
         values = [sign * value for value in found["find"][text].values()]
         assert values == sorted(values, reverse=True)
 
@@ -76,21 +47,29 @@ def test_the_answers_are_the_models_own_whatever_the_order_of_the_labels(case, l
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(labels=LABELS, sign=-1), dict(labels=LABELS, prompt="big cross {}"),
+    dict(sign=-1), dict(prompt="big cross {}"), dict(temperature=1.0),
     dict(labels=LABELS[:-1]), dict(labels=[*LABELS[:-1], "cross"])])
-def test_control_another_order_other_prompts_and_other_labels_are_caught(wrong):
+def test_control_another_order_prompt_temperature_or_label_is_caught(wrong):
     with fails:
-        for seed in range(10):
-            check_against_the_model(replace(CONTROL, seed=seed), **wrong)
+        check_against_the_model(CONTROL, **{"labels": LABELS, **wrong})
+
+
+def test_only_what_is_asked_for_is_there():
+    model = CONTROL.model()
+    assert list(compare(model, TOKENIZER, IMAGES, NAMES, LABELS, None)) == ["labels"]
+    found = compare(model, TOKENIZER, IMAGES, NAMES, None, ["green", "red"])
+    assert list(found) == ["find"] and list(found["find"]) == ["green", "red"]
 
 
 # Words the model does not know
 
 
-def test_unknown_words_are_named_and_known_ones_are_not(capsys):
+def test_words_that_are_not_known_or_do_not_fit_are_noted(capsys):
     check_texts(["A red zebra!", "a lion ring"], CONTROL.model(), TOKENIZER)
     assert capsys.readouterr().err == "note: words that the checkpoint does not know: !, lion, zebra\n"
-    check_texts(LABELS, CONTROL.model(), TOKENIZER)
+    check_texts(["red " * 8], CONTROL.model(), TOKENIZER)
+    assert capsys.readouterr().err.endswith("only its first 7 words count\n")
+    check_texts([*LABELS, "red " * 7], CONTROL.model(), TOKENIZER)  # control
     assert capsys.readouterr().err == ""
 
 
@@ -118,10 +97,7 @@ def command(tmp_path, monkeypatch):
         Image.fromarray(image.transpose(1, 2, 0)).save(name)
 
     def call(*flags, **changes):
-        model = CONTROL.model(**changes)
-        torch.save(dict(format=evaluation.FORMAT, config=asdict(model.config),
-                        vocabulary=TOKENIZER.words, settings=dict(data="shapes", seed=0),
-                        model=model.state_dict()), "c.pt")
+        save_checkpoint("c.pt", CONTROL.model(**changes), TOKENIZER, dict(data="shapes", seed=0))
         try:
             evaluation.main(["c.pt", "--device", "cpu", *flags])
         except (SystemExit, UserError) as e:
@@ -176,14 +152,6 @@ def test_errors_are_one_line_before_any_picture_is_read(command, monkeypatch, fl
 def test_flags_that_lack_something_or_do_not_go_together_are_named(command, capsys, flags, message):
     assert command(*flags.split()).code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_words_that_do_not_fit_or_are_not_known_are_noted(command, capsys):
-    assert not command("--image", "0.png", "--find", "red ring")  # control
-    assert "note:" not in capsys.readouterr().err
-    assert not command("--image", "0.png", "--find", "red " * 40 + "zebra")
-    notes = capsys.readouterr().err
-    assert "only its first 7 words count" in notes and "does not know: zebra" in notes
 
 
 def test_a_picture_that_is_missing_is_one_line(command):

@@ -2,7 +2,7 @@
 import json
 import math
 import pickle
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from helpers import CONTROL, fails, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from toys import record_lessons, save_checkpoint, toy_checkpoint
 
 import eval as evaluation
-from coca import AttentionalPooler, CoCa
-from data import COLOURS, SHAPES, Dataset, Tokenizer, UserError, load, to_model
+from coca import AttentionalPooler
+from data import Dataset, UserError, load, to_model
 from eval import FINETUNED, FROZEN, TASKS, Classifier, Recipe, evaluate, image_tokens, transfer
 
 # The classifier
@@ -55,18 +56,14 @@ def test_frozen_and_finetuned_classifiers_read_the_encoder_and_no_pretrained_poo
 class Probe(nn.Module):
     """Two logits whatever it reads. It remembers the rows that it read, and its first logit then."""
 
+    trained = []  # of the class: copies write there, too
+    scored = []
+
     def __init__(self):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(2))
-        self.trained = []
-        self.scored = []
-
-    def __deepcopy__(self, memo):  # the average of the weights writes to the same lists
-        copied = Probe()
-        copied.load_state_dict(self.state_dict())
-        copied.trained = self.trained
-        copied.scored = self.scored
-        return copied
+        self.trained.clear()
+        self.scored.clear()
 
     def forward(self, rows):
         record = self.trained if torch.is_grad_enabled() else self.scored
@@ -76,14 +73,12 @@ class Probe(nn.Module):
 
 def run_probe(**how):
     """Learns rows 0 to 39, all of class 0; tested on rows 100 to 109, three of class 1."""
-    def read(model, rows):
-        return (rows,)
-
     train = (torch.arange(40),), torch.zeros(40, dtype=torch.long)
     test = (torch.arange(100, 110),), torch.tensor([0, 0, 1, 0, 1, 0, 0, 1, 0, 0])
     recipe = Recipe(**{"steps": 40, "batch": 8, **how})
     probe = Probe()
-    return probe, transfer(CONTROL.model(), read, probe, train, test, recipe, "probe")
+    return probe, transfer(CONTROL.model(), lambda model, rows: (rows,), probe, train, test,
+                           recipe, "probe")
 
 
 def test_what_is_learned_from_is_the_training_set_and_what_is_scored_the_test_set():
@@ -93,7 +88,8 @@ def test_what_is_learned_from_is_the_training_set_and_what_is_scored_the_test_se
     assert len(batches) == 40 and {len(rows) for rows in batches} == {8}
     assert set(sum(batches, [])) == set(range(40))
     assert [rows for rows, _ in probe.scored] == [list(range(100, 110))]
-    assert run_probe()[0].trained == probe.trained  # the same every time
+    run_probe()
+    assert [rows for rows, _ in probe.trained] == batches  # the same every time
 
 
 def test_scored_is_the_average_of_the_last_weights():
@@ -158,14 +154,6 @@ def test_the_encoder_learns_at_its_own_rate_and_the_model_given_stays(lr, encode
 # Tasks
 
 
-def toy_checkpoint(**changes):
-    words = [*COLOURS, *SHAPES, *"a small large at the top bottom left right and".split()]
-    tokenizer = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", *words])
-    torch.manual_seed(0)
-    model = CoCa(CONTROL.config(vocab_size=len(tokenizer), text_len=32, **changes))
-    return model, tokenizer, dict(data="shapes", data_dir=None, seed=0)
-
-
 def test_the_recipes_are_those_of_table_9_but_for_steps_and_batch():
     table = Recipe(lr=5e-4, warm_up=0, weight_decay=0.01, steps=0, batch=0)
     assert replace(FROZEN, steps=0, batch=0) == replace(table, encoder_lr=0.0, smoothing=0.2)
@@ -173,32 +161,27 @@ def test_the_recipes_are_those_of_table_9_but_for_steps_and_batch():
 
 
 def test_frozen_and_finetuned_learn_labelled_images_and_are_scored_on_others(monkeypatch):
+    model, tokenizer, settings = toy_checkpoint()
     parts = {"labelled": Dataset(np.full((3, 3, 8, 8), 7, np.uint8), [], np.array([0, 1, 1]), ["a", "b"]),
              "labelled-val": Dataset(np.full((4, 3, 8, 8), 9, np.uint8), [], np.array([0, 0, 1, 0]))}
-    calls = []
-
-    def record(model, read, classifier, train, test, recipe, what):
-        assert read is image_tokens
-        for ((images,), labels), split in ((train, "labelled"), (test, "labelled-val")):
+    monkeypatch.setattr(evaluation, "load_split", lambda model, s, split: parts[split])
+    lessons = record_lessons(monkeypatch, evaluation)
+    scores = TASKS["frozen"](model, tokenizer, settings) | TASKS["finetuned"](model, tokenizer, settings)
+    assert list(scores) == ["frozen, linear probe", "frozen, new pooler", "finetuned"]
+    assert set(scores.values()) == {(0.125, 0.75)}  # chance is of the test set's labels
+    assert [lesson.recipe for lesson in lessons] == [FROZEN, FROZEN, FINETUNED]
+    for lesson in lessons:
+        assert lesson.model is model and lesson.read is image_tokens
+        for split, ((images,), labels) in (("labelled", lesson.train), ("labelled-val", lesson.test)):
             assert np.array_equal(images, parts[split].images)
             assert labels.tolist() == parts[split].labels.tolist()
-        calls.append((classifier, recipe))
-        return len(calls) / 10
-
-    monkeypatch.setattr(evaluation, "load_split", lambda model, s, split: parts[split])
-    monkeypatch.setattr(evaluation, "transfer", record)
-    model, tokenizer, settings = toy_checkpoint()
-    assert TASKS["frozen"](model, tokenizer, settings) == {
-        "frozen, linear probe": (0.1, 0.75), "frozen, new pooler": (0.2, 0.75)}
-    assert TASKS["finetuned"](model, tokenizer, settings) == {"finetuned": (0.3, 0.75)}
-    (probe, _), (frozen, _), (finetuned, _) = calls
-    assert [recipe for _, recipe in calls] == [FROZEN, FROZEN, FINETUNED]
+    probe, frozen, finetuned = [lesson.classifier for lesson in lessons]
     assert probe.pooler is None
     for pooler in (frozen.pooler, finetuned.pooler):
         assert isinstance(pooler, AttentionalPooler) and pooler is not model.contrastive_pooler
+    assert torch.equal(finetuned.linear.weight, frozen.linear.weight)  # of the same seed
     TASKS["finetuned"](model, tokenizer, {**settings, "seed": 1})
-    same = torch.equal(finetuned.linear.weight, frozen.linear.weight)
-    assert same and not torch.equal(finetuned.linear.weight, calls[3][0].linear.weight)
+    assert not torch.equal(finetuned.linear.weight, lessons[-1].classifier.linear.weight)
 
 
 def test_data_are_of_the_checkpoints_seed_and_the_models_size():
@@ -208,17 +191,15 @@ def test_data_are_of_the_checkpoints_seed_and_the_models_size():
         assert np.array_equal(found.images, load("shapes", split="val", size=8, seed=seed).images)
 
 
-def fixed_task(model, tokenizer, settings):
-    assert not model.training and not torch.is_grad_enabled()
-    return {"toy R@1": (0.5, 0.25), "toy R@5": (np.float64(0.875), 0.75), "CIDEr-D": (1.5, 0)}
-
-
-def lacking_task(model, tokenizer, settings):
-    raise UserError("there is nothing here; add some")
-
-
 def test_scores_are_printed_with_chance_and_seconds_and_what_lacks_something_is_left_out(capsys):
-    tasks = {"lacking": lacking_task, "fixed": fixed_task}
+    def fixed(model, tokenizer, settings):
+        assert not model.training and not torch.is_grad_enabled()
+        return {"toy R@1": (0.5, 0.25), "toy R@5": (np.float64(0.875), 0.75), "CIDEr-D": (1.5, 0)}
+
+    def lacking(model, tokenizer, settings):
+        raise UserError("there is nothing here; add some")
+
+    tasks = {"lacking": lacking, "fixed": fixed}
     scores = evaluate(*toy_checkpoint(), tasks)
     assert json.loads(json.dumps(scores)) == {"toy R@1": {"score": 0.5, "chance": 0.25},
                                               "toy R@5": {"score": 0.875, "chance": 0.75},
@@ -260,9 +241,7 @@ def command(tmp_path, monkeypatch):
 
     def call(*flags, settings=()):
         model, tokenizer, defaults = toy_checkpoint()
-        torch.save(dict(format=evaluation.FORMAT, config=asdict(model.config),
-                        vocabulary=tokenizer.words, settings={**defaults, **dict(settings)},
-                        model=model.state_dict()), "checkpoint.pt")
+        save_checkpoint("checkpoint.pt", model, tokenizer, {**defaults, **dict(settings)})
         try:
             evaluation.main(["checkpoint.pt", *flags])
         except SystemExit as e:
