@@ -1,0 +1,58 @@
+"""Folders of numbered pictures with their captions, as a user has them."""
+import csv
+from multiprocessing import get_context
+
+import numpy as np
+from PIL import Image
+
+from data import load
+
+
+def colour(number):
+    return [number, 7 * number % 256, 255 - number]
+
+
+def paint(path, number=0):
+    """A picture of one colour that tells its number, up to 255."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), tuple(colour(number))).save(path)
+
+
+def write_captions(root, count, texts=("one of {}", "two of {}"), first=0):
+    """captions.txt and Images/0.png, 1.png, ... each with all the texts."""
+    rows = [("image", "caption")]
+    for i in range(first, count):
+        paint(root / "Images" / f"{i}.png", i)
+        rows += [(f"{i}.png", text.format(i)) for text in texts]
+    with open(root / "captions.txt", "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+
+
+def check_captions(found, texts=("one of {}", "two of {}")):
+    """Every picture has its own pixels, all of its captions and no others -> their numbers."""
+    numbers = found.images[:, 0, 0, 0].tolist()
+    for number, image, captions in zip(numbers, found.images, found.captions, strict=True):
+        assert (image.reshape(3, -1).T == colour(number)).all()
+        assert captions == [text.format(number) for text in texts]
+    return numbers
+
+
+def both(root, size=4):
+    """The two splits."""
+    return [load("captions", root, split, size=size) for split in ("train", "val")]
+
+
+def same(a, b):
+    return np.array_equal(a.images, b.images) and (a.captions, a.names) == (b.captions, b.names)
+
+
+def start(function, *args):
+    """Another process. It has all that is imported here."""
+    process = get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def exit_code(process):
+    process.join(100)
+    return process.exitcode
