@@ -76,6 +76,16 @@ def test_text_comes_back_readable(text):
         assert tokenizer.decode(tokenizer.encode([spelled], 99)[0]) == text
 
 
+@pytest.mark.parametrize("text, count", [
+    ("a t-shirt (a) 'quoted' word", 8), ("a man's [red] dog", 7), ("'tis 'a' dog", 4),
+    # Han, kana, Thai, Lao, Khmer: each letter with its marks; hangul has blanks
+    ("一只狗。", 4), ("犬が走る", 4), ("หมา", 3), ("ໝາ", 2), ("ឆ្កែ", 2), ("개가 달린다", 2)])
+def test_words_come_out_as_they_went_in_and_letters_written_without_blanks_are_words(text, count):
+    tokenizer = Tokenizer.learn([text], 100)
+    tokens = tokenizer.encode([text], 99)[0]
+    assert tokenizer.decode(tokens) == text and len(tokens) == count + 2
+
+
 WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=4), max_size=9)
 
 
