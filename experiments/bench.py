@@ -288,6 +288,8 @@ def main(argv=None):
     p.add_argument("--processes", nargs="+", type=train.at_least(1), default=[1])
     p.add_argument("--seeds", nargs="+", type=train.at_least(0), default=[0])
     args = p.parse_args(argv)
+    if min(args.pairs) < max(args.processes):
+        p.error("each of --processes needs a pair; ask for more --pairs")
     if args.what == "contrastive":
         bench_contrastive(args.pairs, args.processes)
     elif args.what == "entropy":

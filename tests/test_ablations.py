@@ -3,6 +3,7 @@ import csv
 import functools
 import math
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from xml.dom import minidom
 
@@ -13,7 +14,7 @@ from helpers import CONTROL, fails, refused
 
 import data as data_file
 import train
-from coca import PAD, causal_mask, contrastive_loss, text_mask
+from coca import BEGIN, END, PAD, causal_mask, contrastive_loss, text_mask
 from experiments import ablations, bench, pictures
 from experiments.ablations import VARIANTS, verdict
 
@@ -118,6 +119,7 @@ def test_cifar_has_two_rows(capsys):
 @pytest.mark.parametrize("variant, written", [("classifier", "{}_{}"), ("encoder-decoder", "a {} {}")])
 def test_labels_are_read_off_as_captions(variant, written, monkeypatch):
     def all_but_one(model, tokenizer, images):
+        assert isinstance(model, ablations.LabelClassifier) == (variant == "classifier")
         real(model, tokenizer, images)
         val = draw_scenes("labelled-val", 32, 0, 16)
         names = [val.classes[label].split() for label in val.labels[:16]]
@@ -132,8 +134,9 @@ def test_labels_are_read_off_as_captions(variant, written, monkeypatch):
 
 
 def test_a_classifier_learns_the_first_word():
-    model, images, tokens = CONTROL.example()
-    model = ablations.LabelClassifier(model)
+    coca, images, tokens = CONTROL.example()
+    model = ablations.LabelClassifier(coca)
+    assert torch.equal(model.encoder(images), coca.encoder(images))
     p = model.classify(images).softmax(-1)
     right = p[torch.arange(len(p)), tokens[:, 1]]
     torch.testing.assert_close(model.losses(images, tokens).total, -right.log().mean())
@@ -171,7 +174,25 @@ def test_the_mean_text_embedding_reads_what_cls_may_see():
             torch.testing.assert_close(mean(tokens)[1][0], of_first(more))
 
 
-# Verdicts
+# Costs and verdicts
+
+
+def test_a_cost_is_a_steps_share_of_l_con_alone(monkeypatch):
+    now = [0.0]  # seconds
+
+    def compose(flags, data_dir):
+        def steps():
+            now[0] += 100  # the first step warms up
+            while True:
+                now[0] += 1.0 if "--lambda-cap 0" in flags else 1.5
+                yield
+        return None, steps()
+
+    monkeypatch.setattr(ablations, "compose", compose)
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    for variant, cost in (("default", 1.5), ("contrastive only", 1.0)):
+        job = ablations.make_job(variant, "shapes", IMAGES, 0)
+        assert ablations.relative_cost(job, None) == cost
 
 
 @pytest.mark.parametrize("values, reference, paper, word", [
@@ -266,7 +287,10 @@ def test_pictures_are_drawn(tmp_path):
             count[path.stem, kind] = len(page.getElementsByTagName(kind))
     assert count["scenes", "image"] == 8
     assert count["attention", "image"] > 2
-    assert count["mask", "rect"] == 1 + 13**2
+    tokens = torch.tensor([[BEGIN, 4, 4, 4, 4, 4, 4, 4, 4, END, PAD, PAD]])
+    forbidden = (~text_mask(tokens)).sum()
+    assert (tmp_path / "mask.svg").read_text().count("#e4e4e4") == forbidden
+    assert count["mask", "rect"] == 1 + 13**2  # and the card below
     assert count["losses", "polyline"] == 2
     assert count["entropy", "polyline"] == 4
     lines = [line for line in lines_of(ablations.LINES)
