@@ -132,12 +132,10 @@ def test_missing_files_are_named_and_some_of_the_batches_are_enough(tmp_path, ca
 
 def test_images_kept_apart_from_training_ones_need_no_others(tmp_path):
     (write_cifar(tmp_path) / "test_batch").unlink()
-    train = load("cifar10", tmp_path, subset=7, val_from_train=5)
-    val = load("cifar10", tmp_path, "val", subset=7, val_from_train=5)
-    pixels = {image.tobytes() for image in [*train.images, *val.images]}
-    assert (len(train), len(val), len(pixels)) == (7, 5, 12)
-    assert pixels < {image.tobytes() for image in load("cifar10", tmp_path).images}
-    refused("--subset 16, .* 15", load, "cifar10", tmp_path, subset=16, val_from_train=5)
+    assert len(load("cifar10", tmp_path, subset=7, val_from_train=5)) == 7
+    val = load("cifar10", tmp_path, "val", subset=7, val_from_train=5).images
+    pixels = {image.tobytes() for image in val}
+    assert len(pixels) == 5 and pixels < {image.tobytes() for image in load("cifar10", tmp_path).images}
     refused("test_batch", load, "cifar10", tmp_path, "val")  # control: it is not there
 
 
@@ -179,27 +177,21 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path, p
         pickle.loads(content)  # noqa: S301
 
 
-BEGINNINGS = {  # opcodes: what stands before an otherwise good file
-    "names": [b"cos\nsystem\n", b"cbuiltins\neval\n", b"cnumpy\nload\n", b"cnumpyx\nndarray\n",
-              b"c_codecs\ndecode\n", b"\x8c\x05numpy\x8c\x0endarray.tofile\x93",
-              b"\x8c\x03a\nb\x8c\x03c\nd\x93"],
-    "persistent ids": [b"Pid\n", b"NQ"],
-    "extension codes": [b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"\x82\x02"],
-    "buffers": [b"\x97"],
-    "changed stand-ins": [],
-}
+BEGINNINGS = [  # opcodes before an otherwise good file: names, persistent ids, extensions, a buffer
+    b"cos\nsystem\n", b"cbuiltins\neval\n", b"cnumpy\nload\n", b"cnumpyx\nndarray\n",
+    b"c_codecs\ndecode\n", b"\x8c\x05numpy\x8c\x0endarray.tofile\x93", b"\x8c\x03a\nb\x8c\x03c\nd\x93",
+    b"Pid\n", b"NQ", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"\x82\x02", b"\x97"]
 for name in ("numpy\ndtype", "numpy\nndarray", "numpy.core.multiarray\n_reconstruct",
              "numpy.core.numeric\n_frombuffer", "numpy.core.multiarray\nscalar", "_codecs\nencode"):
     for state in (b"}", b"}" + text("x") + b"Ns", b"N}" + text("__defaults__") + b"K\x01\x85s\x86"):
-        BEGINNINGS["changed stand-ins"].append(b"c" + name.encode() + b"\n" + state + b"b")
+        BEGINNINGS.append(b"c" + name.encode() + b"\n" + state + b"b")  # changes a stand-in
 
 
-@pytest.mark.parametrize("kind", BEGINNINGS)
-def test_nothing_but_plain_values_may_stand_in_a_pickle(tmp_path, kind):
+@pytest.mark.parametrize("opcodes", BEGINNINGS, ids=range(len(BEGINNINGS)))
+def test_nothing_but_plain_values_may_stand_in_a_pickle(tmp_path, opcodes):
     with mock.patch.dict(copyreg._inverted_registry, {1: ("os", "system")}):
-        for opcodes in BEGINNINGS[kind]:
-            content = b"\x80\x04" + opcodes + b"0" + of_python_2()[2:]
-            refused("batch: not a CIFAR file", read, tmp_path / "batch", content)
+        content = b"\x80\x04" + opcodes + b"0" + of_python_2()[2:]
+        refused("batch: not a CIFAR file", read, tmp_path / "batch", content)
     check_read(tmp_path / "batch", b"\x80\x04N0" + of_python_2()[2:])  # control
 
 

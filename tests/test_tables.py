@@ -10,7 +10,7 @@ import pytest
 from helpers import fails, refused
 from own_pictures import both, check_captions, paint, write_captions
 
-from data import Tokenizer, captions_table, load
+from data import captions_table, load
 
 NAMES = [f"{i}.png" for i in range(20)]
 TEXTS = {name: [f"one of {name}", f"two, of {name}"] for name in NAMES}
@@ -29,21 +29,21 @@ def write(folder, name, content):
 
 
 def table(header="image,caption", row="{name},{quoted}", names=NAMES, splits=("",)):
-    """A text with a row for each caption, or for both of a picture."""
+    """A text with a row for each caption, or for {both} of a picture."""
     lines = [header] if header else []
     for i, name in enumerate(names):
+        pair = '"{}","{}"'.format(*TEXTS[name])
         for k, text in enumerate(TEXTS[name]):
-            lines.append(row.format(name=name, k=k, text=text, quoted=f'"{text}"',
-                                    both='"{}","{}"'.format(*TEXTS[name]), split=splits[i % len(splits)]))
+            lines.append(row.format(name=name, k=k, text=text, quoted=f'"{text}"', both=pair,
+                                    split=splits[i % len(splits)]))
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def karpathy(folder=None, splits=("train", "test")):
+def karpathy(splits=("train", "test"), **where):
     images = []
     for i, name in enumerate(NAMES):
-        where = {"filepath": folder} if folder else {}
-        images.append(where | {"filename": name, "split": splits[i % len(splits)],
-                               "sentences": [{"raw": text} for text in TEXTS[name]]})
+        sentences = [{"raw": text} for text in TEXTS[name]]
+        images.append({"filename": name, "split": splits[i % len(splits)], "sentences": sentences} | where)
     return json.dumps({"images": images})
 
 
@@ -67,9 +67,8 @@ TOKENS = table("", "{name}#{k}\t{text}")
 READ = {  # file, content
     "comma": ("captions.txt", table()),
     "semicolon": ("captions.csv", table("image;caption", "{name};{text}")),
-    "bar": ("my.csv", table("image|caption", "{name}|{text}")),
     "tab": ("my.tsv", table("image\tcaption", "{name}\t{text}")),
-    "any case, blanks": ("my.csv", table(" IMAGE | Caption ", " {name} | {text} ")),
+    "bar, any case, blanks": ("my.csv", table(" IMAGE | Caption ", " {name} | {text} ")),
     "Hugging Face": ("metadata.csv", table("file_name,text")),
     "title, filename": ("a.csv", table("title,filename", "{quoted},{name}")),
     "filepath, sentence": ("a.csv", table("filepath;sentence", "{name};{text}")),
@@ -91,7 +90,6 @@ READ = {  # file, content
     "CRLF": ("captions.txt", table().replace("\n", "\r\n")),
     "empty rows": ("a.csv", "\n\n" + table("image;caption", "{name};{text}").replace("\n", "\n\n;\n")),
     "all quoted": ("a.csv", "\ufeff" + table('"image";"caption"', '"{name}";{quoted}')),
-    "./": ("captions.txt", table(row="./{name},{quoted}")),
     "folders": ("captions.txt", table(row="Images/{name},{quoted}")),
     "backslashes": ("captions.txt", table(row="Images\\{name},{quoted}")),
     "markdown": ("captions.txt", table("| image | caption |", "| {name} | {text} |")),
@@ -106,8 +104,8 @@ def test_a_table_of_any_common_form_gives_the_same_captions_and_split(tmp_path, 
 
 
 def test_captions_come_out_as_they_are_written(tmp_path):
-    texts = {"0.png": ['A "big" dog , runs', "'quoted'", "7", "NaN", "...", "caf\u00e9\u2028\x0b!"],
-             "1.png": ["two\nlines", "dog " * 20000 + "!", "same", "same"]}
+    texts = {"my dog.png": ['A "big" dog , runs', "'quoted'", "7", "NaN", "...", "caf\u00e9\u2028\x0b!"],
+             "1.PNG": ["two\nlines", "dog " * 20000 + "!", "same", "same"]}
     rows = io.StringIO()
     csv.writer(rows).writerow(("image", "caption"))
     csv.writer(rows).writerows((name, text) for name in texts for text in texts[name])
@@ -116,11 +114,22 @@ def test_captions_come_out_as_they_are_written(tmp_path):
     assert set.union(*parts(tmp_path, texts)) == texts.keys()
 
 
-def test_the_one_odd_name_of_flickr8k_is_read_and_no_other(tmp_path):
-    names = ["a.jpg", "b.jpg", "c.1"]
-    make_pictures(tmp_path, names)
-    write(tmp_path, "x.token.txt", "".join(f"{name}#0\tdog\n" for name in ("a.jpg.1", *names[1:])))
-    assert set.union(*parts(tmp_path, dict.fromkeys(names, ["dog"]))) == set(names)
+def test_the_one_odd_name_of_flickr8k_is_read_and_no_other_is_cut(tmp_path):
+    write(tmp_path, "x.token.txt", "a.jpg.1#0\tdog\nb.jpg#0\tdog\nc.1#0\tdog\n")
+    texts = dict.fromkeys(["a.jpg", "b.jpg", "c.1"], ["dog"])
+    assert set.union(*parts(tmp_path, texts)) == texts.keys()
+
+
+def test_the_order_of_rows_changes_nothing(tmp_path):
+    write_captions(tmp_path, 20)
+    before = both(tmp_path)
+    head, *rows = (tmp_path / "captions.txt").read_text().splitlines()
+    write(tmp_path, "captions.txt", "\n".join([head, *rows[22::2], *rows[:22:2], *rows[1::2]]))
+    for a, b in zip(before, both(tmp_path), strict=True):
+        assert check_captions(a) == check_captions(b) and a.names == b.names
+
+
+# Where the pictures are
 
 
 @pytest.mark.parametrize("folder", ["", "Images", "images", "Flicker8k_Dataset", "flickr30k_images",
@@ -130,11 +139,10 @@ def test_pictures_are_in_the_usual_folders_or_the_only_one_that_holds_them(tmp_p
     make_pictures(tmp_path / folder)
     make_pictures(tmp_path / "other", ["x.png"])
     check_whole(tmp_path)
-    captions, _ = captions_table(tmp_path, "train")
-    assert {Path(path).parent for path in captions} == {tmp_path / folder}
-    make_pictures(tmp_path / "third")  # control: now it is not the only one
-    captions, _ = captions_table(tmp_path, "train")
-    assert {Path(path).parent for path in captions} == {tmp_path / folder.replace("my photos", "")}
+    for found in (folder, folder.replace("my photos", "")):
+        captions, _ = captions_table(tmp_path, "train")
+        assert {Path(path).parent for path in captions} == {tmp_path / found}
+        make_pictures(tmp_path / "third")  # control: then it is not the only one
 
 
 def test_moving_pictures_or_naming_them_in_another_way_moves_none_across(tmp_path):
@@ -144,14 +152,12 @@ def test_moving_pictures_or_naming_them_in_another_way_moves_none_across(tmp_pat
         make_pictures(folder / form.replace("\\", "/"))
         write(folder, "captions.txt", table(row=form + "{name},{quoted}"))
         check_whole(folder)
-    make_pictures(tmp_path / "0", map(str, range(90)))
-    write(tmp_path / "0", "captions.txt", table() + "".join(f"{i},x\n" for i in range(90)))
-    train, val = parts(tmp_path / "0", TEXTS | {str(i): ["x"] for i in range(90)})
+    more = {str(i): ["x"] for i in range(90)}
+    write(tmp_path / "0", "captions.txt", table() + "".join(f"{name},x\n" for name in more))
+    train, val = parts(tmp_path / "0", TEXTS | more)
     assert TESTED < val and TEXTS.keys() - TESTED < train and 5 <= len(val) <= 20
-    write(tmp_path / "0", "captions.txt", "image,caption\n" + "".join(f"{i},x\n" for i in range(20)))
     with fails:  # control: other names, another split
-        _, val = parts(tmp_path / "0", {str(i): ["x"] for i in range(20)})
-        assert {name + ".png" for name in val} == TESTED
+        assert {f"{name}.png" for name in val if int(name.split(".")[0]) < 20} == TESTED
 
 
 def test_a_picture_spelled_in_several_ways_is_one(tmp_path, monkeypatch):
@@ -164,37 +170,26 @@ def test_a_picture_spelled_in_several_ways_is_one(tmp_path, monkeypatch):
     assert train | val == TEXTS.keys() and not train & val
 
 
-# Which table
+# Which table, which split
 
 
 def test_the_only_table_is_read_several_are_listed_and_one_may_be_named(tmp_path):
     make_pictures(tmp_path)
     for name in ("Flickr8k.lemma.token.txt", "ExpertAnnotations.txt", "x.json", ".a.csv", "._x.token.txt",
-                 ".~lock.a.csv#", "a.csv.bak", "README.md"):
+                 ".~lock.a.csv#", "a.csv.bak"):
         write(tmp_path, name, "no table")
     refused("one table of captions is needed, there is none", captions_table, tmp_path, "val")
-    tables = {"B.TSV": table(), "a.csv": table(), "dataset_x.json": karpathy(), "x.token.txt": TOKENS}
-    for name, content in tables.items():
-        write(tmp_path, name, content)
-        assert set.union(*parts(tmp_path)) == set(NAMES)
+    tables = {"a.csv": table(), "b.TSV": table(), "dataset_x.json": karpathy(), "x.token.txt": TOKENS}
+    for name in tables:
+        assert set.union(*parts(write(tmp_path, name, tables[name]).parent)) == set(NAMES)
         (tmp_path / name).unlink()
-    for name, content in tables.items():
-        write(tmp_path, name, content)
-    listed = "a.csv, B.TSV, dataset_x.json, x.token.txt|B.TSV, a.csv, dataset_x.json, x.token.txt"
-    refused(f"there is ({listed}); name it: --data-dir ", captions_table, tmp_path, "val")
-    check_whole(tmp_path / "B.TSV")
-    assert len(load("captions", write_all(tmp_path / "real") / "captions.txt", size=4)) == 17
+    for name in tables:
+        write(tmp_path, name, tables[name])
+    refused(f"there is {', '.join(tables)}; name it: --data-dir ", captions_table, tmp_path, "val")
+    check_whole(tmp_path / "b.TSV")
     for name in ("captions.csv", "captions.txt"):
         write(tmp_path, name, table())
         assert captions_table(tmp_path, "val")[1].name == name
-
-
-def write_all(root):
-    write_captions(root, 20)
-    return root
-
-
-# Splits
 
 
 def test_files_for_each_split_are_obeyed_and_test_goes_before_val(tmp_path):
@@ -202,27 +197,24 @@ def test_files_for_each_split_are_obeyed_and_test_goes_before_val(tmp_path):
     write(tmp_path, "Train.csv", table(names=NAMES[:12]))
     write(tmp_path, "val.csv", table(names=NAMES[12:15]))
     assert parts(tmp_path) == [set(NAMES[:12]), set(NAMES[12:15])]
-    test = write(tmp_path, "test.csv", table(names=NAMES[15:]))
+    write(tmp_path, "test.csv", table(names=NAMES[15:]))
     assert parts(tmp_path) == [set(NAMES[:12]), set(NAMES[15:])]
     write(tmp_path, "test.csv", table(names=NAMES[11:]))
-    refused(f"{test}: line 2: 11.png is in two splits", captions_table, tmp_path, "val")
+    refused("test.csv: line 2: 11.png is in two splits", captions_table, tmp_path, "val")
 
 
 @pytest.mark.parametrize("splits, learned, tested", [
-    (("train", "val", "test"), "train", "test"), (("train", "val"), "train", "val"),
-    (("train", "test"), "train", "test"), (("restval", "dev"), "restval", "dev"),
-    ((" Train", "Validation "), " Train", "Validation "), (("train", "valid"), "train", "valid")])
+    (("train", "val", "test"), 0, 2), (("restval", "dev"), 0, 1), (("test", "train"), 1, 0),
+    ((" Train", "Validation "), 0, 1), (("train", "valid"), 0, 1)])
 def test_a_tables_own_splits_are_obeyed(tmp_path, splits, learned, tested):
-    names = {split: set(NAMES[i::len(splits)]) for i, split in enumerate(splits)}
-    (tmp_path / "column").mkdir()
-    write(tmp_path / "column", "a.csv", table("image,caption,Split", "{name},{quoted},{split}",
-                                              splits=splits))
-    (tmp_path / "karpathy" / "val2014").mkdir(parents=True)
+    column = table("image,caption,Split", "{name},{quoted},{split}", splits=splits)
     plain = [split.strip().lower() for split in splits]
-    write(tmp_path / "karpathy", "dataset_x.json", karpathy("val2014", plain))
-    make_pictures(tmp_path / "karpathy" / "val2014")
-    for root in (tmp_path / "column", tmp_path / "karpathy"):
-        assert parts(root) == [names[learned], names[tested]]
+    for name, content in (("a.csv", column), ("dataset_x.json", karpathy(plain, filepath="val2014"))):
+        make_pictures(tmp_path / "val2014")
+        path = write(tmp_path, name, content)
+        names = [set(NAMES[i::len(splits)]) for i in (learned, tested)]
+        assert parts(tmp_path) == names
+        path.unlink()
 
 
 def test_the_lists_of_flickr8k_are_obeyed_if_both_are_there(tmp_path):
@@ -240,22 +232,21 @@ FLICKR8K = Path(__file__).parents[2] / "shared" / "data" / "flickr8k"
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="Flickr8k is not there")
 def test_flickr8k_keeps_its_split():
-    hashes = []
-    for part, count in (("train", 7006), ("val", 820)):
+    for part, count, wanted in (("train", 7006, "65ee151f0e9f25ed"), ("val", 820, "c53ec9e114f95e25")):
         captions, _ = captions_table(FLICKR8K, part)
-        names = sorted(map(os.path.basename, captions))
-        assert len(names) == count and {len(texts) for texts in captions.values()} == {5}
-        hashes.append(hashlib.sha256("\n".join(names).encode()).hexdigest()[:16])
-    assert hashes == ["65ee151f0e9f25ed", "c53ec9e114f95e25"]
+        names = "\n".join(sorted(map(os.path.basename, captions)))
+        assert len(captions) == count and {len(texts) for texts in captions.values()} == {5}
+        assert hashlib.sha256(names.encode()).hexdigest()[:16] == wanted
 
 
 # What is refused
 
 HEAD = "image,caption\n"
+SPLIT = "image,caption,split\n1.png,a,train\n"
 REFUSED = [  # a table, what is said
     ("", "line 1: must name the columns"), (HEAD, "0 pictures to learn from and 0 to"),
     (HEAD + "1.png,a\n", "0 pictures to learn from and 1 to evaluate on"),
-    (HEAD + "1.png,\n2.png, \n", "no pictures with captions"),
+    (HEAD + "1.png,\n2.png, \n", "no pictures with captions"), ("1.png,a dog\n", "must name"),
     # cells and quotes
     (table() + "1.png,a dog, and a cat\n", "line 42: 3 cells, but 2 columns; quote"),
     (table() + "1.png,a dog\nthat runs\n", "line 43: 1 cells"),
@@ -266,62 +257,57 @@ REFUSED = [  # a table, what is said
     (table() + '1.png,"a dog\nnew.png,a dog"\n', "line 42: a quote .* closed behind new.png"),
     ('caption,image\n"a dog,1.png\na,2.png\na dog",3.png\n', "line 2: a quote .* behind"),
     (HEAD + '1,"a\n2,b"\n2,x\n', "line 2: a quote .* behind 2"),
-    (HEAD + '"1\n.png",a dog\n', "line 2: no picture's name, or one of two"),
-    (HEAD + " ,a dog\n", "line 2: no picture's name"),
+    (HEAD + '"1\n.png",a dog\n', "line 2: no picture's name"), (HEAD + " ,a\n", "line 2: no picture's"),
     # the exception for Flickr30k's row holds for nothing else
     ("image_name| comment_number| comment\n1.png| a dog\n", "line 2: 2 cells, but 3"),
     ("image_name|comment_number|comment\n1.png| 0 a| dog| x\n", "line 2: 4 cells"),
     ("image_name,comment_number,comment\n1.png, 0   a dog\n", "line 2: 2 cells, but 3"),
     ("image|number|comment\n1.png| 0   a dog\n", "line 2: 2 cells, but 3"),
     # splits
-    ("image,caption,split\n1.png,a,train\n2.png,b,exam\n", "line 3: the split is 'exam'; write"),
-    ("image,caption,split\n1.png,a,train\n2.png,b,\n", "line 3: the split is ''"),
-    ("image,caption,split\n1.png,a,train\n./1.png,b,test\n", "line 3: 1.png is in two splits"),
-    ("image,caption,split\n1.png,a,train\n2.png,a,train\n", "2 pictures to learn from and 0"),
+    (SPLIT + "2.png,b,exam\n", "line 3: the split is 'exam'; write"), (SPLIT + "2.png,b,\n", "is ''"),
+    (SPLIT + "./1.png,b,test\n", "line 3: 1.png is in two splits"), (SPLIT, "1 pictures .* and 0 to"),
     # kinds of text
     (b"\xff\xfei", "cannot be read as text"), (HEAD.encode() + b"1.png,caf\xe9\n", "save it as UTF-8"),
-    (b"PK\x03\x04" + bytes(range(256)), "cannot be read as text"), ("1.png,a dog\n", "must name"),
+    (b"PK\x03\x04" + bytes(range(256)), "cannot be read as text"), ("<!DOCTYPE html>\n", "must name"),
     (table().encode("utf-16-le"), "line 1: must name"), ("a.png#0\tx\nb.png\ty", "line 2 is not name#"),
     # pictures that are not there
-    (table(row="no{name},{quoted}"), "17 of 17 pictures .*/no1.png: no such file.*Too many"),
+    (table(row="no{name},{quoted}"), "1[0-9] of .*/no1.png: no such file.*Too many"),
     (HEAD + "a\0,x\nb,y\n", "1 of 1 pictures"), (table(row="x" * 300 + "{name},a"), "of .. pictures"),
-    # what spreadsheets and scripts write
-    ("sep=;\nimage;caption\n1.png;a\n", r"not \['sep=', ''\]"),
-    (table('"image","caption"', '"7","{name}",{quoted}'), "line 2: 3 cells, but 2"),  # R's row names
-    (table("image;caption"), "line 2: 1 cells"), (table(row='"{name},{text}"'), "line 2: 1 cells"),
-    (table(row="{name},['a', 'b']"), "line 2"), (table(row='{name},"[""a"", ""b""]"'), "a list"),
-    (table(row='{name},"a \\"dog\\""'), "line 2: .* not doubled"), (table(row="{name}, {quoted}"), "line 3"),
-    (table("image\tcaption", '{name}\t"Hi" he says'), "line 2: .*quote"), (table(row="{name},{text},"), "3 cells"),
-    (table("Image (jpg),Caption [en]"), "line 1: must name"), (table("image_id,caption"), "must name"),
-    (table("image caption", "{name} {text}"), "must name"), (table("\u200bimage,caption"), "200bimage"),
-    (table() + "1.png," + "dog " * 40000, "line 42: field larger"), ("<!DOCTYPE html>\n", "must name"),
     (table(row="http://x.org/{name},{quoted}"), "x.org/1.png: no such file"),
     (table(row="C:\\Users\\{name},{quoted}"), "C:/Users/1.png: no such file"),
+    # what spreadsheets and scripts write: Excel, R, pandas, JSON, C
+    ("sep=;\nimage;caption\n1.png;a\n", r"not \['sep=', ''\]"), (table("image;caption"), "1 cells"),
+    (table('"image","caption"', '"7","{name}",{quoted}'), "line 2: 3 cells"),
+    (table(row='"{name},{text}"'), "1 cells"), (table(row="{name},{quoted},"), "line 2: 3 cells"),
+    (table(row="{name},\"['a', 'b']\""), "a list"), (table(row='{name},"[""a"", ""b""]"'), "a list"),
+    (table(row='{name},"a \\"dog\\""'), "line 2: .* not doubled"), (table(row="{name}, {quoted}"), "3 cells"),
+    (table("image\tcaption", '{name}\t"Hi" he says'), "line 2: .*quote"),
+    (table("Image (jpg),Caption [en]"), "line 1: must name"), (table("image_id,caption"), "must name"),
+    (table("image caption", "{name} {text}"), "must name"), (table("\u200bimage,caption"), "200bimage"),
+    (table() + "1.png," + "dog " * 40000, "line 42: field larger"),
 ]
 
 
 @pytest.mark.parametrize("content, said", REFUSED, ids=range(len(REFUSED)))
 def test_what_is_wrong_with_a_table_is_one_line(tmp_path, content, said):
-    for number, name in enumerate([*NAMES, "1", "2"]):
-        paint(tmp_path / "x.png", number)
+    for name in [*NAMES, "1", "2"]:
+        paint(tmp_path / "x.png")
         (tmp_path / "x.png").rename(tmp_path / name)
     write(tmp_path, "captions.txt", content)
-    refused(f"captions.txt: .*{said}|captions.txt: {said}", both, tmp_path)
+    refused(f"captions.txt: (.*{said}|{said})", both, tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"images": 5}', '{"images": [{"filename": "1.png"}]}', "[" * 9999,
-                                  karpathy().replace("test", "exam"), '{"images": []}'], ids=range(7))
+@pytest.mark.parametrize("text", ["", "[]", '{"images": 5}', '{"images": [{"filename": "1.png"}]}',
+                                  "[" * 9999, karpathy(["exam"]), '{"images": []}'], ids=range(7))
 def test_a_broken_file_of_karpathys_is_one_line(tmp_path, text):
-    write(tmp_path, "dataset_x.json", text)
-    refused("dataset_x.json: ", both, tmp_path)
+    refused("dataset_x.json: ", both, write(tmp_path, "dataset_x.json", text).parent)
 
 
 def test_pictures_and_empty_captions_of_a_table_are_skipped_and_counted(tmp_path, capsys):
     write_captions(tmp_path, 40)
     with open(tmp_path / "captions.txt", "a") as f:
         f.write("0.png,\n0.png,  \nimage,caption\n")  # the header again, as where files are joined
-    numbers = [check_captions(found) for found in both(tmp_path)]
-    assert sorted(sum(numbers, [])) == list(range(40))
+    assert sorted(sum(map(check_captions, both(tmp_path)), [])) == list(range(40))
     said = capsys.readouterr().err
     assert "captions.txt: 2 empty captions skipped" in said
     assert f"pictures cannot be read, as these: {tmp_path}/image: no such file; skipped" in said
@@ -330,7 +316,7 @@ def test_pictures_and_empty_captions_of_a_table_are_skipped_and_counted(tmp_path
 # COCO
 
 
-def write_coco(root, split, year="2017", count=3, more=()):
+def write_coco(root, split, count=3, year="2017", more=()):
     """`count` numbered images with two captions each, and more captions."""
     images = []
     annotations = list(more)
@@ -338,31 +324,30 @@ def write_coco(root, split, year="2017", count=3, more=()):
         name = f"{'COCO_' * (year == '2014')}{i:012}.png"
         paint(root / f"{split}{year}" / name, i)
         images.append({"id": 7 * i, "file_name": name})
-        for text in ("one", "two"):
-            annotations.append({"image_id": 7 * i, "caption": f"{text} of {i}"})
-    file = root / "annotations" / f"captions_{split}{year}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
-    return file
+        annotations += [{"image_id": 7 * i, "caption": f"{text} of {i}"} for text in ("one", "two")]
+    (root / "annotations").mkdir(exist_ok=True)
+    return write(root / "annotations", f"captions_{split}{year}.json",
+                 json.dumps({"info": {}, "images": images, "annotations": annotations}))
 
 
-def coco(root, split="train"):
-    return check_captions(load("coco", root, split, size=4))
+def count_coco(root):
+    """How many images the splits have, each with its captions."""
+    return [len(check_captions(load("coco", root, split, size=4))) for split in ("train", "val")]
 
 
 def test_coco_is_of_one_year_the_first_that_is_whole(tmp_path):
-    refused("not whole; --data-dir must hold annotations/captions_train2017", coco, tmp_path)
-    for year, count in (("2014", 4), ("2017", 6)):
-        write_coco(tmp_path, "train", year, count)
-        refused("not whole", coco, tmp_path) if year == "2014" else None
-        write_coco(tmp_path, "val", year, count + 1)
-        assert coco(tmp_path) == list(range(count)) and coco(tmp_path, "val") == list(range(count + 1))
+    write_coco(tmp_path, "train", 4, "2014")
+    refused("not whole; .* annotations/captions_train2017.json", count_coco, tmp_path)
+    write_coco(tmp_path, "val", 5, "2014")
+    assert count_coco(tmp_path) == [4, 5]
+    write_coco(tmp_path, "train", 6)
+    write_coco(tmp_path, "val", 7)
+    assert count_coco(tmp_path) == [6, 7] and len(load("coco", tmp_path, size=4, subset=2)) == 2
     for name in ("val2017", "train2017", "annotations/captions_val2017.json",
                  "annotations/captions_train2017.json"):
         (tmp_path / name).rename(tmp_path / "away")
-        assert len(coco(tmp_path)) == 4 and len(coco(tmp_path, "val")) == 5
+        assert count_coco(tmp_path) == [4, 5]
         (tmp_path / "away").rename(tmp_path / name)
-    assert len(load("coco", tmp_path, size=4, subset=2)) == 2
 
 
 def test_captions_of_images_that_coco_does_not_list_are_skipped_and_counted(tmp_path, capsys):
@@ -370,9 +355,9 @@ def test_captions_of_images_that_coco_does_not_list_are_skipped_and_counted(tmp_
     more += [{"image_id": 0, "caption": text} for text in (None, "", "  ")]
     write_coco(tmp_path, "train", more=more)
     write_coco(tmp_path, "val")
-    assert coco(tmp_path) == coco(tmp_path, "val") == [0, 1, 2]
+    assert count_coco(tmp_path) == [3, 3]
     said = capsys.readouterr().err
-    assert "2 captions of images that it does not list skipped" in said and "3 empty captions" in said
+    assert "2 captions of images that it does not list" in said and "3 empty captions" in said
 
 
 @pytest.mark.parametrize("text", [
@@ -385,23 +370,10 @@ def test_captions_of_images_that_coco_does_not_list_are_skipped_and_counted(tmp_
 def test_broken_annotations_of_coco_are_refused_by_name(tmp_path, text):
     write_coco(tmp_path, "train")
     write_coco(tmp_path, "val").write_text(text)
-    refused("captions_val2017.json: ", coco, tmp_path, "val")
+    refused("captions_val2017.json: ", count_coco, tmp_path)
 
 
 def test_folders_that_are_not_there_are_named():
     for name in ("coco", "captions", "cifar10"):
         for folder in (None, "x" * 300, "a\0"):
             refused("no such folder", load, name, folder)
-
-
-# Words
-
-
-@pytest.mark.parametrize("text, count", [
-    ("a t-shirt (a) 'quoted' word", 8), ("a man's [red] dog", 7), ("'tis 'a' dog", 4),
-    ("\u4e00\u53ea\u72d7\u3002", 4), ("\u72ac\u304c\u8d70\u308b", 4), ("\u0e2b\u0e21\u0e32", 3),
-    ("\u0eab\u0ea1\u0eb2", 3), ("\u1786\u17d2\u1780\u17c2", 2), ("\uac1c\uac00 \ub2ec\ub9b0\ub2e4", 2)])
-def test_words_come_out_as_they_went_in_and_letters_written_without_blanks_are_words(text, count):
-    tokenizer = Tokenizer.learn([text], 100)
-    tokens = tokenizer.encode([text], 99)[0]
-    assert tokenizer.decode(tokens) == text and len(tokens) == count + 2
