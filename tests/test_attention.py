@@ -66,7 +66,7 @@ def wasteful(self, x, context=None, cache=None, right=Attention.keys_values):
               computed_again=mock.patch.object(Attention, "keys_values", wasteful))
 def test_the_cache_equals_the_full_run_and_no_key_is_computed_twice(case):
     """Token by token, with the cache of those before, gives the logits of a run over the whole."""
-    model, images, tokens = case.example()
+    model, images, tokens = case.example(dtype=torch.float64)
     image_context, _ = model.pool_image(images)
     computed = Counter()
 
@@ -180,6 +180,7 @@ def check_initialised(case):
     c = model.config
     for name, p in model.named_parameters():
         assert p.isfinite().all(), name
+        assert not name.endswith("bias") or not p.any(), name
         if name.endswith(("_attention.out.weight", "mlp.2.weight")):
             layers = c.encoder_layers if name.startswith("encoder") else c.n_uni + c.n_multi
             spread = (2 * layers * p.shape[1]) ** -0.5
