@@ -9,6 +9,7 @@ import torch
 from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
+from own_pictures import write_captions
 
 import data
 from coca import BEGIN, END, PAD, UNKNOWN
@@ -27,6 +28,8 @@ def test_a_subset_and_what_is_kept_apart_are_random_images_and_the_same_every_ti
     assert sorted(train + val) == list(range(200)) and set(few) < set(train)
     for split, rows in (("val", val), ("zeroshot", val), ("labelled-val", val), ("labelled", train)):
         assert pick(200, split, 60, 50).tolist() == rows  # a subset is one of training images
+    refused("--subset 151, but there are 150 images; ask for fewer", pick, 200, "train", 151, 50)
+    refused("--val-from-train 200, but there are 200 images", pick, 200, "val", 0, 200)
 
 
 def test_selected_images_keep_their_captions_labels_and_names():
@@ -61,7 +64,9 @@ def test_a_label_becomes_the_eight_prompts_of_zero_shot_and_photographs_are_augm
     for name, texts in zip(("cat", "sea lion", "sea lion"), found.captions, strict=True):
         assert texts == [template.format(name) for template in found.templates]
         assert len({text for text in texts if name in text}) == 8
-    assert found.augment and not load("shapes", subset=1).augment
+    write_captions(tmp_path, 20)
+    assert found.augment and load("captions", tmp_path, size=8).augment
+    assert not load("shapes", subset=1).augment  # in scenes places count
 
 
 # Text
@@ -194,10 +199,14 @@ def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_lef
         crop = padded[i, :, top:top + 16, left:left + 16]
         places[crop.tobytes()] = i, top, left, False
         places[crop[..., ::-1].tobytes()] = i, top, left, True
-    images = make_batches(30, 30, text, images=originals, augment=True)(0)[0]
-    which, top, left, mirrored = zip(*[places[image.tobytes()] for image in to_bytes(images)])
-    assert len(set(which)) == 30 and set(top) == set(left) == set(range(5))
-    assert 5 <= sum(mirrored) <= 25 if flips else not any(mirrored)
+    patterns = set()
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        images = make_batches(30, 30, text, images=originals, augment=True, seed=seed)(step)[0]
+        which, top, left, mirrored = zip(*[places[image.tobytes()] for image in to_bytes(images)])
+        assert len(set(which)) == 30 and set(top) == set(left) == set(range(5))
+        assert 5 <= sum(mirrored) <= 25 if flips else not any(mirrored)
+        patterns.add((top, left, mirrored))
+    assert len(patterns) == 3
 
 
 def test_long_captions_are_cut_with_a_note_and_a_batch_larger_than_the_data_is_refused(capsys):

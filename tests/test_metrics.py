@@ -52,8 +52,8 @@ def scores_on(patch, task, split, dataset, tokenizer=TOKENIZER):
 def test_zero_shot_takes_the_mean_of_a_classs_prompts_and_its_direction_only(monkeypatch):
     """Chosen so that the nearest single prompt, or a mean of any length, would answer otherwise."""
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.7, 0.7, 0]])
-    embed_by_hand(monkeypatch, {"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0],
-             "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]}, images)
+    table = {"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0], "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]}
+    embed_by_hand(monkeypatch, table, images)
     classes = embed_classes(None, None, ["x", "y"], ["a {}", "the {}"])
     assert zero_shot(images, classes).tolist() == [1, 0, 0]
     single = embed_classes(None, None, ["x", "y"], ["a {}"])  # controls
@@ -94,6 +94,7 @@ def test_recall_by_hand():
     assert found[2][1] == pytest.approx((3 * 2 / 4 + (1 - 2 / 4 * 1 / 3)) / 4)
     assert found[4][1] == 1.0
     assert recall(torch.rand(3, 2), torch.eye(2), [[0], [1], [0]])[5] == (1.0, 1.0)
+    assert ranks(torch.ones(1, 3), torch.eye(3), [[0, 1]]) == [1]  # right ones are no rivals
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
