@@ -8,6 +8,7 @@
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -698,15 +699,14 @@ def captioned_images(captions, pick_rows, size, name, source):
         if len(missing) > allowed:
             raise UserError(f"{text}. Too many: put them back, or take them out of the table")
         note(f"{text}; skipped")
-    root = os.path.commonpath([os.path.dirname(paths[i]) for i in good])
-    names = [os.path.relpath(paths[i], root) for i in good]
+    names = [os.path.basename(paths[i]) for i in good]
     return Dataset(images, [kept[paths[i]] for i in good], names=names, augment=True)
 
 
 def why_broken(path, size):
     try:
         read_image(path, size)
-        return f"{path}: was broken; delete the cache"
+        return f"{path}: was broken when it was read first; delete the cache"
     except UserError as e:
         return str(e)
 
@@ -717,44 +717,51 @@ def why_broken(path, size):
 
 def read_text(path):
     """UTF-8 with or without a mark, or UTF-16 with one -> text, its lines ended by \\n."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextlib.contextmanager
+def one_error(path):
+    """Whatever is wrong with a file's text becomes a UserError of one line."""
     try:
-        content = path.read_bytes()
-        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, UnicodeError) as e:
+        yield
+    except UnicodeError as e:
         raise UserError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
+        what = e if isinstance(e, ValueError) else repr(e)
+        raise UserError(f"{path}: {what!s:.300}; mend it, or get it again") from None
 
 
 def coco(data_dir, part):
-    """-> {path: [caption, ...]}, the file they are from. Both splits are of one year."""
+    """-> {path: [caption, ...]}, the file they are from. Both splits are of one year, the first
+    that is whole.
+    """
     for year in ("2017", "2014"):
-        wanted = [f"annotations/captions_{split}{year}.json" for split in ("train", "val")]
-        wanted += [f"train{year}", f"val{year}"]
+        source = data_dir / "annotations" / f"captions_{part}{year}.json"
+        wanted = [f"annotations/captions_train{year}.json", f"annotations/captions_val{year}.json",
+                  f"train{year}", f"val{year}"]
         if all((data_dir / name).exists() for name in wanted):
-            break
-    else:
-        raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017.json, "
-                        "annotations/captions_val2017.json, train2017/ and val2017/ (or all of 2014)")
-    source = data_dir / "annotations" / f"captions_{part}{year}.json"
-    paths = {}
-    captions = {}
+            return coco_captions(source, data_dir / f"{part}{year}"), source
+    raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017.json, "
+                    "annotations/captions_val2017.json, train2017/ and val2017/ (or all of 2014)")
+
+
+def coco_captions(source, folder):
+    captions = defaultdict(list)
     unlisted = 0
-    try:
+    with one_error(source):
         content = json.loads(read_text(source))
-        for image in content["images"]:
-            paths[image["id"]] = str(data_dir / f"{part}{year}" / image["file_name"])
+        paths = {image["id"]: os.path.join(folder, image["file_name"]) for image in content["images"]}
         for annotation in content["annotations"]:
             if annotation["image_id"] in paths:
-                text = annotation["caption"] or ""
-                captions.setdefault(paths[annotation["image_id"]], []).append(text + "")
+                captions[paths[annotation["image_id"]]].append((annotation["caption"] or "") + "")
             else:
                 unlisted += 1
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{source}: not COCO captions ({type(e).__name__}: {e}); "
-                        "unpack it again") from None
     if unlisted:
         note(f"{source}: {unlisted} captions of images that it does not list skipped")
-    return captions, source
+    return captions
 
 
 # ------------------------------------------------------------------------------------------------
@@ -837,34 +844,32 @@ def find_tables(data_dir):
 
 def read_table(path):
     """A table of any kind -> its Rows."""
-    text = read_text(path)
-    if path.suffix.lower() == ".json":
-        return karpathy_rows(path, text)
-    if re.match(r"[^\t\n]+#\d+\t", text):
-        return token_rows(path, text)
-    return column_rows(path, text)
+    with one_error(path):
+        text = read_text(path)
+        if path.suffix.lower() == ".json":
+            yield from karpathy_rows(text)
+        elif re.match(r"[^\t\n]+#\d+\t", text):
+            yield from token_rows(text)
+        else:
+            yield from column_rows(text)
 
 
-def karpathy_rows(path, text):
+def karpathy_rows(text):
     """Karpathy's dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json."""
-    try:
-        for image in json.loads(text)["images"]:
-            name = posixpath.join(image.get("filepath", ""), image["filename"])
-            captions = [sentence["raw"] + "" for sentence in image["sentences"]]
-            yield Row(name, captions, KINDS[image["split"]], 0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: not as Karpathy's files are ({type(e).__name__}: {e}); get it "
-                        "again") from None
+    for image in json.loads(text)["images"]:
+        name = posixpath.join(image.get("filepath", ""), image["filename"])
+        yield Row(name, [sentence["raw"] + "" for sentence in image["sentences"]],
+                  KINDS[image["split"]], 0)
 
 
-def token_rows(path, text):
+def token_rows(text):
     """Flickr8k.token.txt: lines of name.jpg#0<TAB>caption. One of its names ends in .jpg.1."""
     for number, line in enumerate(text.split("\n"), 1):
         match = re.fullmatch(r"(.+?)((?<=\.jpg)\.1)?#\d+\t(.*)", line)
         if match:
             yield Row(match[1], [match[3]], "", number)
         elif line.strip():
-            raise UserError(f"{path}: line {number} is not name#number<TAB>caption; mend it")
+            raise ValueError(f"line {number} is not name#number<TAB>caption")
 
 
 def flickr8k_lists(folder):
@@ -873,11 +878,12 @@ def flickr8k_lists(folder):
     splits = {}
     if all(path.is_file() for path in lists.values()):
         for split, path in lists.items():
-            splits.update(dict.fromkeys(read_text(path).split(), split))
+            with one_error(path):
+                splits.update(dict.fromkeys(read_text(path).split(), split))
     return splits
 
 
-def csv_rows(path, text, delimiter):
+def csv_rows(text, delimiter):
     """-> the line that each row starts at, its cells; without empty rows."""
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     line = 1
@@ -887,51 +893,48 @@ def csv_rows(path, text, delimiter):
                 yield line, cells
             line = reader.line_num + 1
     except csv.Error as e:
-        raise UserError(f"{path}: line {line}: {e}: a quote is not closed, or not doubled within a "
-                        "caption") from None
+        raise ValueError(f"line {line}: {e}: a quote is not closed, or not doubled within a "
+                         "caption") from None
 
 
-def column_rows(path, text):
+def column_rows(text):
     """A table with a header line: a column of pictures, one or more of captions, maybe a split."""
-    def wrong(line, why):
-        return UserError(f"{path}: line {line}: {why}")
-
     delimiter = max(",|;\t", key=text.lstrip("\n").split("\n")[0].count)
-    rows = csv_rows(path, text, delimiter)
+    rows = csv_rows(text, delimiter)
     _, header = next(rows, (1, []))
     header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in header]
     pictures = [header.index(name) for name in PICTURES if name in header]
     kind = next((name for name in CAPTIONS if name in header), None)
     if not pictures or not kind:
-        raise wrong(1, f"must name the columns, such as image,caption, not {header!s:.80}")
+        raise ValueError(f"line 1: must name the columns, such as image,caption, not {header!s:.80}")
     names = set()
     broken = []  # cells of more than one line
     for line, cells in rows:
         if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
             cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
         if len(cells) != len(header):
-            raise wrong(line, f"{len(cells)} cells, but {len(header)} columns; quote captions that "
-                              f"hold {delimiter!r} or a line break")
+            raise ValueError(f"line {line}: {len(cells)} cells, but {len(header)} columns; quote "
+                             f"captions that hold {delimiter!r} or a line break")
         picture = cells[pictures[0]].strip()
         if not picture or "\n" in picture:
-            raise wrong(line, "no picture's name, or one of two lines")
+            raise ValueError(f"line {line}: no picture's name, or one of two lines")
         names.add(picture)
         broken += [(line, cell) for cell in cells if "\n" in cell]
         split = ""
         if "split" in header:
             split = cells[header.index("split")].strip().lower()
             if split not in KINDS:
-                raise wrong(line, f"the split is {split!r}; write train, val or test")
+                raise ValueError(f"line {line}: the split is {split!r}; write train, val or test")
         captions = [cell.strip() for name, cell in zip(header, cells) if name == kind]
         if captions[0].startswith(("['", '["')):
-            raise wrong(line, "a list of captions; give each a row of its own")
-        yield Row(picture, captions, KINDS[split] if split else "", line)
+            raise ValueError(f"line {line}: a list of captions; give each a row of its own")
+        yield Row(picture, captions, KINDS.get(split, ""), line)
     endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
     for line, cell in broken:
         for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
             if name.strip() in names or name.strip().endswith(endings):
-                raise wrong(line, f"a quote is opened here and closed behind {name.strip()}; double "
-                                  "it or take it out")
+                raise ValueError(f"line {line}: a quote is opened here and closed behind "
+                                 f"{name.strip()}; double it or take it out")
 
 
 def find_picture(name, known, subfolders):
@@ -967,7 +970,7 @@ def held_out(names):
 # ------------------------------------------------------------------------------------------------
 # De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
 
-THRESHOLD = 0.955  # of the cosine of two thumbnails; python -m experiments.bench dedup shows why
+THRESHOLD = 0.955  # of the cosine of two thumbnails; python -m experiments.dedup --measure shows why
 
 
 def thumbnails(images):

@@ -292,12 +292,12 @@ def check_flags(p, given):
         p.error("--fresh needs --init, the checkpoint that gives the other parts")
     if given.config and given.init:
         p.error("--init brings its own sizes; leave --config out")
-    if given.download and given.data not in CIFAR:
-        p.error("--download fetches CIFAR only; get other data yourself, and name them by --data-dir")
 
 
 def check_settings(p, s, source):
     """What is wrong with the settings as a whole, before the data are read."""
+    if s.download and s.data not in CIFAR:
+        p.error("--download fetches CIFAR only; get other data yourself, and name them by --data-dir")
     if s.resume:
         for name, saved in source[2]["settings"].items():
             if getattr(s, name) != saved and name not in MAY_CHANGE:
