@@ -42,8 +42,8 @@ al. 2022); AdamW instead of Adafactor; whole words instead of SentencePiece; siz
 
 Dimension letters
     B batch   P image tokens (patches)   Q pooled image tokens (n_query)   L text tokens   D width
-    E embedding (= D)   H heads   d = D / H   V vocabulary   T target tokens   N pairs to compare
-    S pixels a side
+    E embedding (= D)   H heads   d = D / H   V vocabulary   N pairs to compare   T targets, of
+    all captions of a batch   S pixels a side
 """
 import functools
 import math
@@ -187,9 +187,8 @@ class Attention(nn.Module):
         known = cache.get(self)
         if known and context is not None:
             return known
-        k, v = self.kv(x if context is None else context).chunk(2, -1)  # (B, Lk, D) each
-        k = self.split(k)                                               # (B, H, Lk, d)
-        v = self.split(v)                                               # (B, H, Lk, d)
+        source = x if context is None else context                      # (B, Lk, D)
+        k, v = map(self.split, self.kv(source).chunk(2, -1))            # (B, H, Lk, d) each
         if known:  # x is one more token
             k = torch.cat([known[0], k], 2)
             v = torch.cat([known[1], v], 2)
@@ -364,10 +363,11 @@ def at_least_float32(x):
 
 
 def contrastive_loss(x, y, temperature, ids, rows=slice(None)):
-    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / s)_i + sum_i log softmax_j(y_i.x_j / s)_i).
+    """Eq. (2): -(1/N) (sum_i log softmax_j(x_i.y_j / sigma)_i
+                     + sum_i log softmax_j(y_i.x_j / sigma)_i).
 
-    Image embeddings x and text embeddings y (N, E), unit norm; temperature s > 0 -> scalar. The
-    two directions are added, as the paper prints it; CLIP averages them, which is half of this.
+    Image embeddings x and text embeddings y (N, E), unit norm; temperature sigma > 0 -> scalar.
+    The two directions are added, as the paper prints it; CLIP averages them, which is half of this.
     ids (N,): equal numbers mark equal captions, which are each other's positives (UniCL, Yang et
     al. 2022). The target is uniform over them, and its entropy, the log of their number, is taken
     off. The paper has no such rule. But half of its batch, and all of CIFAR, is class names: in 64
@@ -585,7 +585,7 @@ def tour():
         print(f"  {what:58}{str(tuple(flows.shape)):>17}")
 
     print(f"\nWho may look at whom in {captions[0]!r} (text_mask):")
-    names = [words[i] for i in tokens[0]] + ["[CLS]"]
+    names = [*(words[i] for i in tokens[0]), "[CLS]"]
     print(" " * 10, *(f"{name:>8}" for name in names))
     for name, row in zip(names, text_mask(tokens)[0, 0]):
         print(f"  {name:8}", *(f"{'.x'[may]:>8}" for may in row))

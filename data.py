@@ -953,7 +953,7 @@ def held_out(names):
     """About one name in ten for evaluation, at least one, by a hash of it.
 
     Of the name below the folder that all have in common: moving them changes nothing. Adding files
-    moves none across, but for one that was chosen because there was no other.
+    there moves none across, but for one that was chosen because there was no other.
     """
     try:
         root = posixpath.commonpath([posixpath.dirname(name) for name in names])
