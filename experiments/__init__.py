@@ -1,1 +1,1 @@
-"""The paper's Section 4 and what measures or draws: run as python -m experiments... in the checkout."""
+"""The paper's Section 4, and what measures or draws: python -m experiments... in the checkout."""

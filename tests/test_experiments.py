@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_video import write_clips
-from toys import record_lessons, save_checkpoint, toy_checkpoint
+from toys import record_lessons, save_checkpoint, toy_checkpoint, write_clips
 
 import data
 import eval as evaluation
@@ -33,9 +32,12 @@ def command(tmp_path, monkeypatch):
 def test_every_task_runs_and_stands_in_the_table_with_its_chance(command, monkeypatch, capsys):
     transfer = evaluation.transfer
 
+    def few(inputs, labels):
+        return [t[:8] for t in inputs], labels[:8]
+
     def two_steps(model, read, classifier, train, test, recipe, what):
-        train, test = [(tuple(t[:8] for t in part[0]), part[1][:8]) for part in (train, test)]
-        return transfer(model, read, classifier, train, test, replace(recipe, steps=2), what)
+        recipe = replace(recipe, steps=2)
+        return transfer(model, read, classifier, few(*train), few(*test), recipe, what)
 
     grey = np.full((3, 8, 8), 128, np.uint8)
     for module in (evaluation, video, understanding):

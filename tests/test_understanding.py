@@ -2,13 +2,14 @@
 import functools
 import re
 from collections import Counter, defaultdict
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import cases, fails, logits_of, refused
 from hypothesis import given
-from toys import SPECIAL, WORDS, drawn_by, record_lessons, toy_checkpoint
+from toys import WORDS, drawn_by, record_lessons, toy_checkpoint
 
 from data import COLOURS, captions_of, place, to_model
 from experiments import understanding
@@ -141,6 +142,7 @@ def test_answers_are_right_and_all_occur():
     right = [true_answer(things, text) for things, (text,) in zip(scenes, made.captions)]
     assert right == answers
     assert right != answers[3:] + answers[:3]  # control: the answers to other scenes
+    assert all(one.colour != other.colour for one, other in scenes)
     for kind, possible in enumerate((COLOURS, ["no", "yes"], ["0", "1", "2"])):
         assert set(answers[kind::3]) == set(possible)
 
@@ -169,15 +171,17 @@ def test_the_last_600_pairs_are_tested_and_never_learned_and_controls_hide_one_h
     model, tokenizer, settings = toy_checkpoint()
     lessons = record_lessons(monkeypatch, understanding)
     made = {}
-    for name, make in (("questions", questions), ("entailment", entailment)):
-        made[name] = make(8, 4000, 0)
-        monkeypatch.setattr(understanding, name, lambda *args, name=name: {(8, 4000, 0): made[name]}[args])
+    for make in (questions, entailment):
+        made[make.__name__] = make(8, 4000, 0)
+        double = mock.Mock(return_value=made[make.__name__])
+        monkeypatch.setattr(understanding, make.__name__, double)
     with torch.no_grad():
         found = understanding.understanding_task(model, tokenizer, settings)
     lessons = dict(zip(found, lessons, strict=True))
     assert len(lessons) == 6
     for name, chance in (("questions", 0.375), ("entailment", 0.5)):
         data = made[name]
+        getattr(understanding, name).assert_called_once_with(8, 4000, 0)
         assert len({image.tobytes() for image in data.images}) == 4000  # none is there twice
         tokens = tokenizer.encode([text for text, in data.captions], 32)
         for hidden in ("", ", image hidden", ", text hidden"):
@@ -204,4 +208,3 @@ def test_the_last_600_pairs_are_tested_and_never_learned_and_controls_hide_one_h
 def test_the_words_of_scenes_are_needed(word):
     words = [one for one in WORDS if one != word]
     refused("lacks words of generated scenes", understanding.understanding_task, *toy_checkpoint(words))
-    refused("lacks words of generated scenes", understanding.understanding_task, *toy_checkpoint(SPECIAL))

@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import torch
 from helpers import CONTROL
+from PIL import Image
 
 from data import COLOURS, RADII, SHAPES, Tokenizer
 from eval import FORMAT
@@ -38,7 +39,12 @@ Lesson = namedtuple("Lesson", "model read classifier train test recipe what")
 def record_lessons(patch, module):
     """From now on the module's tasks learn nothing and score 0.125 -> a list of what they ask for."""
     lessons = []
-    patch.setattr(module, "transfer", lambda *args: lessons.append(Lesson(*args)) or 0.125)
+
+    def transfer(*args):
+        lessons.append(Lesson(*args))
+        return 0.125
+
+    patch.setattr(module, "transfer", transfer)
     return lessons
 
 
@@ -47,3 +53,18 @@ def drawn_by(module, make, *args, **named):
     with mock.patch.object(module, "draw", return_value=np.zeros((3, 1, 1), np.uint8)) as draw:
         made = make(*args, **named)
     return [call.args[0] for call in draw.call_args_list], made
+
+
+def write_clips(folder, **classes):
+    """Clips of one grey each, arrays and folders of frames in turn; classes: how many of each."""
+    for c, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            path = folder / name / f"clip{i}"
+            if i % 2:
+                np.save(path.with_suffix(".npy"), np.full((5, 12, 8, 3), 100 * c + i, np.uint8))
+                continue
+            path.mkdir()
+            for frame in range(3):
+                Image.new("L", (12, 8), 100 * c + i).save(path / f"{frame}.png")
+    return folder
