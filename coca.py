@@ -152,6 +152,11 @@ def attention(q, k, v, mask=None):
     return weights @ v, weights
 
 
+def at_least_float32(x):
+    """Half precision -> float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Attention(nn.Module):
     """Multi-head attention (Sec. 3.2) of x to itself or, with a context, of x to the context."""
 
@@ -278,12 +283,11 @@ class AttentionalPooler(nn.Module):
     def forward(self, tokens, mask=None):
         """tokens (B, P, D), mask (..., Q, P) True = may look -> (B, Q, D)."""
         query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
-        return self.norm(self.attention(query, tokens, mask))
+        return self.norm(at_least_float32(self.attention(query, tokens, mask)))
 
     def weights(self, tokens):
         """Where each query looks: tokens (B, P, D) -> (B, H, Q, P)."""
-        query = self.query.expand(len(tokens), -1, -1)                  # (B, Q, D)
-        return self.attention.weights(query, tokens)
+        return self.attention.weights(self.query.expand(len(tokens), -1, -1), tokens)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,11 +359,6 @@ class MultimodalDecoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # Sec. 3.1: losses, Eqs. (2) and (3)
-
-
-def at_least_float32(x):
-    """Half precision -> float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def contrastive_loss(x, y, temperature, ids, rows=slice(None)):

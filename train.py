@@ -538,7 +538,7 @@ def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
     for (image, text), dx_part, dy_part in zip(parts, dx, dy):
         with autocast:
             x_part, y_part, share = first[0] if keep else model(image, text)
-        share = share * (text[:, 1:] != PAD).sum() / targets
+        share = share * (text[:, 1:] != PAD).sum() / targets.clamp(min=1)
         sent = (x_part * dx_part).sum() + (y_part * dy_part).sum()
         (sent + config.lambda_cap * share).backward()
         cap += share.detach()
