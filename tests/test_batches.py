@@ -26,8 +26,9 @@ def test_a_subset_and_what_is_kept_apart_are_random_images_and_the_same_every_ti
         assert len(rows) == count and rows == sorted(rows)
         assert sum(row < 100 for row in rows) == pytest.approx(count / 2, abs=10)  # not the first
     assert sorted(train + val) == list(range(200)) and set(few) < set(train)
-    for split, rows in (("val", val), ("zeroshot", val), ("labelled-val", val), ("labelled", train)):
-        assert pick(200, split, 60, 50).tolist() == rows  # a subset is one of training images
+    assert pick(200, "labelled", 60, 50).tolist() == train  # a subset is one of "train" alone
+    for split in ("val", "zeroshot", "labelled-val"):
+        assert pick(200, split, 60, 50).tolist() == val
     refused("--subset 151, but there are 150 images; ask for fewer", pick, 200, "train", 151, 50)
     refused("--val-from-train 200, but there are 200 images", pick, 200, "val", 0, 200)
 
@@ -35,7 +36,8 @@ def test_a_subset_and_what_is_kept_apart_are_random_images_and_the_same_every_ti
 def test_selected_images_keep_their_captions_labels_and_names():
     images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1)
     texts = [[f"text {i}"] for i in range(6)]
-    whole = Dataset(images, texts, np.arange(6), ["a"], ["{}"], [f"{i}.png" for i in range(6)], True)
+    names = [f"{i}.png" for i in range(6)]
+    whole = Dataset(images, texts, np.arange(6), ["a"], ["{}"], names, augment=True)
     few = select(whole, np.array([1, 4]))
     assert few.images.ravel().tolist() == few.labels.tolist() == [1, 4]
     assert few.captions == [["text 1"], ["text 4"]] and few.names == ["1.png", "4.png"]
@@ -46,14 +48,16 @@ def test_selected_images_keep_their_captions_labels_and_names():
 
 def test_scenes_kept_apart_are_training_scenes(monkeypatch):
     def numbered(split, size, seed, subset=0):
-        return Dataset(np.zeros((40, 3, 1, 1)), [[f"{split} {i} of seed {seed}"] for i in range(40)])
+        captions = [[f"{split} {i} of seed {seed}"] for i in range(40)]
+        return Dataset(np.zeros((40, 3, 1, 1)), captions)
 
     monkeypatch.setattr(data, "shapes", numbered)
     train = load("shapes", split="train", seed=3, val_from_train=10).captions
     val = load("shapes", split="val", seed=3, val_from_train=10).captions
     assert len(val) == 10 and sorted(train + val) == sorted(numbered("train", 0, 3).captions)
     for split in ("zeroshot", "labelled", "labelled-val"):  # these have scenes of their own
-        assert load("shapes", split=split, val_from_train=10).captions[0] == [f"{split} 0 of seed 0"]
+        scenes = load("shapes", split=split, val_from_train=10)
+        assert scenes.captions == numbered(split, 0, 0).captions
 
 
 def test_a_label_becomes_the_eight_prompts_of_zero_shot_and_photographs_are_augmented(tmp_path):

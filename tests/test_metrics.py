@@ -1,4 +1,4 @@
-"""Zero-shot, retrieval and captioning scores, BLEU and CIDEr-D: by hand and as COCO's code has them."""
+"""Zero-shot, retrieval, captioning, BLEU and CIDEr-D: by hand and as COCO's code has them."""
 import math
 
 import numpy as np
@@ -52,7 +52,8 @@ def scores_on(patch, task, split, dataset, tokenizer=TOKENIZER):
 def test_zero_shot_takes_the_mean_of_a_classs_prompts_and_its_direction_only(monkeypatch):
     """Chosen so that the nearest single prompt, or a mean of any length, would answer otherwise."""
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.7, 0.7, 0]])
-    table = {"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0], "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]}
+    table = {"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0],
+             "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]}
     embed_by_hand(monkeypatch, table, images)
     classes = embed_classes(None, None, ["x", "y"], ["a {}", "the {}"])
     assert zero_shot(images, classes).tolist() == [1, 0, 0]
@@ -139,7 +140,7 @@ def test_retrieval_never_holds_all_cosines_and_gives_what_all_would(monkeypatch)
 
 def test_retrieval_counts_several_captions_per_image_and_shared_captions(monkeypatch):
     """Every image finds a text of its own, and of five texts one does not find its image."""
-    texts = [["a", "b"], ["c", "b"], ["d", "e", "d"]]  # "b" is right for two images, "d" counts once
+    texts = [["a", "b"], ["c", "b"], ["d", "e", "d"]]  # "b" is right for two, "d" counts once
     images = F.normalize(torch.tensor([[1.0, 0.2, 0], [0.1, 1, 0.3], [0, 0.3, 1]]), dim=-1)
     table = {"a": [1, 0, 0], "b": [0.9, 0.1, 0], "c": [0, 1, 0], "d": [0, 0, 1], "e": [0, 1, 0.9]}
     embed_by_hand(monkeypatch, table, images)

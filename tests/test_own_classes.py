@@ -25,7 +25,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8)
 
 @torch.no_grad()
 def check_against_the_model(case, labels, sign=1, prompt="{}", temperature=None):
-    """Shares are the softmax of Eq. (2) and sum to one; all is sorted, whatever the labels' order."""
+    """Shares are the softmax of Eq. (2); all is sorted, whatever the order of the labels."""
     model = case.model()
     found = compare(model, TOKENIZER, IMAGES, NAMES, labels, LABELS[:2])
     texts = embed_texts(model, TOKENIZER, [prompt.format(label) for label in LABELS])
@@ -66,7 +66,8 @@ def test_only_what_is_asked_for_is_there():
 
 def test_words_that_are_not_known_or_do_not_fit_are_noted(capsys):
     check_texts(["A red zebra!", "a lion ring"], CONTROL.model(), TOKENIZER)
-    assert capsys.readouterr().err == "note: words that the checkpoint does not know: !, lion, zebra\n"
+    noted = capsys.readouterr().err
+    assert noted == "note: words that the checkpoint does not know: !, lion, zebra\n"
     check_texts(["red " * 8], CONTROL.model(), TOKENIZER)
     assert capsys.readouterr().err.endswith("only its first 7 words count\n")
     check_texts([*LABELS, "red " * 7], CONTROL.model(), TOKENIZER)  # control
@@ -106,7 +107,8 @@ def command(tmp_path, monkeypatch):
 
 
 def test_labels_and_find_are_printed_best_first(command, capsys):
-    assert not command("--image", *NAMES, "--labels", *LABELS, "--find", "a ring", "--json", "found.json")
+    assert not command("--image", *NAMES, "--labels", *LABELS, "--find", "a ring",
+                       "--json", "found.json")
     found = json.loads(Path("found.json").read_text())
     assert found == compare(CONTROL.model(), TOKENIZER, IMAGES, NAMES, LABELS, ["a ring"])
     expected = []
@@ -136,7 +138,7 @@ def test_else_images_are_captioned_unless_the_model_never_learned_to_write(comma
     ("--image 0.png --labels red zebra", {}, "'zebra': the checkpoint knows none"),
     ("--image 0.png --find zebra", {}, "'zebra': the checkpoint knows none"),
     ("--image 0.png --labels red red", {}, "are the same")])
-def test_errors_are_one_line_before_any_picture_is_read(command, monkeypatch, flags, changes, message):
+def test_errors_come_before_any_picture_is_read(command, monkeypatch, flags, changes, message):
     monkeypatch.setattr(evaluation, "read_image", lambda *args: pytest.fail("work"))
     error = command(*flags.split(), **changes)
     assert isinstance(error, UserError) and message in str(error) and "\n" not in str(error)

@@ -54,7 +54,7 @@ def test_frozen_and_finetuned_classifiers_read_the_encoder_and_no_pretrained_poo
 
 
 class Probe(nn.Module):
-    """Two logits whatever it reads. It remembers the rows that it read, and its first logit then."""
+    """Two logits whatever it reads. It notes which rows it read, and its first logit then."""
 
     trained = []  # of the class: copies write there, too
     scored = []
@@ -164,17 +164,20 @@ def test_the_recipes_are_those_of_table_9_but_for_steps_and_batch():
 
 def test_frozen_and_finetuned_learn_labelled_images_and_are_scored_on_others(monkeypatch):
     model, tokenizer, settings = toy_checkpoint()
-    parts = {"labelled": Dataset(np.full((3, 3, 8, 8), 7, np.uint8), [], np.array([0, 1, 1]), ["a", "b"]),
-             "labelled-val": Dataset(np.full((4, 3, 8, 8), 9, np.uint8), [], np.array([0, 0, 1, 0]))}
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), np.uint8)
+    parts = {"labelled": Dataset(images[:3], [], np.array([0, 1, 1]), ["a", "b"]),
+             "labelled-val": Dataset(images[3:], [], np.array([0, 0, 1, 0]))}
     monkeypatch.setattr(evaluation, "load_split", lambda model, s, split: parts[split])
     lessons = record_lessons(monkeypatch, evaluation)
-    scores = TASKS["frozen"](model, tokenizer, settings) | TASKS["finetuned"](model, tokenizer, settings)
+    scores = TASKS["frozen"](model, tokenizer, settings)
+    scores.update(TASKS["finetuned"](model, tokenizer, settings))
     assert list(scores) == ["frozen, linear probe", "frozen, new pooler", "finetuned"]
     assert set(scores.values()) == {(0.125, 0.75)}  # chance is of the test set's labels
     assert [lesson.recipe for lesson in lessons] == [FROZEN, FROZEN, FINETUNED]
     for lesson in lessons:
         assert lesson.model is model and lesson.read is image_tokens
-        for split, ((images,), labels) in (("labelled", lesson.train), ("labelled-val", lesson.test)):
+        for split, used in (("labelled", lesson.train), ("labelled-val", lesson.test)):
+            (images,), labels = used
             assert np.array_equal(images, parts[split].images)
             assert labels.tolist() == parts[split].labels.tolist()
     probe, frozen, finetuned = [lesson.classifier for lesson in lessons]
@@ -299,7 +302,7 @@ def test_the_first_device_there_is_is_taken(monkeypatch):
         assert evaluation.pick_device("auto") == first
 
 
-def test_json_never_goes_over_a_file_or_nowhere_and_this_is_said_first(command, monkeypatch, capsys):
+def test_json_goes_over_no_file_and_not_nowhere_as_is_said_first(command, monkeypatch, capsys):
     assert not command("--task", "retrieval", "--json", "scores.json")
     before = Path("scores.json").read_text()
     monkeypatch.setattr(evaluation, "load_checkpoint", lambda path: pytest.fail("work"))
