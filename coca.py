@@ -6,7 +6,8 @@
 One model that is a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1): an image
 encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half never
 looks at the image and gives the text embedding of a contrastive loss. The upper (multimodal) half
-reads the image and writes the caption. CoCa.forward is Figure 2. It is what trains.
+reads the image and writes the caption. CoCa.forward and CoCa.losses are Figure 2. They are what
+trains.
 
 Figure 2, step by step                        here                    what differs
      1. a ViT turns the image into tokens     ImageEncoder
@@ -15,16 +16,19 @@ Figure 2, step by step                        here                    what diffe
      4. one contrastive query pools, too      contrastive_pooler      it reads 3 (the cascade of
                                                                       Sec. 3.2), not 1 as drawn
      5. [CLS] goes behind the padded text     UnimodalDecoder.embed   a vector of its own, no word
+                                              (.forward takes it out)
      6. a mask hides the padding, not [CLS]   text_mask
      7. <end> is a target, never an input     text_mask               in the input, but hidden
-     8. lower layers: causal self-attention   UnimodalDecoder
+     8. lower layers: causal self-attention   causal_mask,
+                                              UnimodalDecoder
      9. LayerNorm; [CLS] embeds the text      UnimodalDecoder.norm
     10. upper layers: the rest, cross-        MultimodalDecoder       no padding mask: it comes last
         attending to 3
     11. contrastive loss of 4 and 9           contrastive_loss        equal captions are positives
     12. captioning loss, padding left out     captioning_loss
 Eq. (4), CoCa.losses, adds up 11 and 12. CoCa.generate captions (Table 7). Table 1 is CONFIGS.
-Table 8's rows: (b), (c) lambda_con, lambda_cap; (d) n_uni; (e) cls; (f) pooler, n_query.
+Table 8's rows: (b), (c) lambda_con, lambda_cap; (d) n_uni, n_multi; (e) UnimodalDecoder.cls;
+(f) pooler, n_query.
 
 What the paper leaves open, and what we chose. The authors' later code (google-research, vila)
 agrees where an item has a *:
@@ -32,11 +36,12 @@ agrees where an item has a *:
                 image starting as 2-D sinusoids; [CLS] without a position *; heads of the poolers =
                 heads of the model; no projection to a joint space * (nor in Figure 2); no dropout;
                 texts of 64 tokens for the paper's sizes *; initial values
-    losses      Eq. (3) as a mean over the batch's target tokens *; temperature within [0.01, 1]
+    losses      Eq. (2) as the sum that is printed (theirs is the mean of both directions); Eq. (3)
+                as a mean over the batch's target tokens *; temperature within [0.01, 1]
     training    images in [-1, 1] (theirs [0, 1]); crops and flips of photographs; gradients clipped
                 to norm 1 (Tables 9 and 10 say so for finetuning); learning rate falls to 0;
                 bfloat16 on GPUs; no moving average of the weights
-    video       no temporal embedding *; 8 frames for classification (Sec. 3.3 says 16 for retrieval)
+    video       no temporal embedding; 8 frames for classification (Sec. 3.3 says 16 for retrieval)
 Where we differ: equal captions are each other's positives in Eq. (2), the rule of UniCL (Yang et
 al. 2022); AdamW instead of Adafactor; whole words instead of SentencePiece; sizes and data.
 
@@ -74,10 +79,10 @@ class CoCaConfig:
     n_uni: int = 2  # unimodal decoder layers | 12
     n_multi: int = 2  # multimodal decoder layers | 12
     decoder_mlp: int = 512  # hidden units of the decoder's MLPs | 3072
-    n_query: int = 16  # Q, of the generative pooler; 0 = the decoder reads all image tokens | 256
-    pooler: str = "cascade"  # or "parallel": what the contrastive pooler reads | cascade
+    n_query: int = 16  # Q, of the generative pooler; 0 = there is none, all read the image tokens | 256
+    pooler: str = "cascade"  # the contrastive pooler reads the generative one's; or "parallel"
     vocab_size: int = 4096  # V, with the four special tokens | 64,000
-    text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated
+    text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated, 64 here
     lambda_con: float = 1.0  # weight of Eq. (2) in Eq. (4); 0 = an image captioner | 1
     lambda_cap: float = 2.0  # weight of Eq. (3) in Eq. (4); 0 = a dual encoder like CLIP | 2
 
@@ -113,7 +118,10 @@ TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}
 
 
 def causal_mask(L, device=None):
-    """(L, L) bool, True = the token of that row may look at that of the column: itself or before."""
+    """(L, L) bool, True = the token of that row may look at that of the column: itself or before.
+
+    The upper half asks for it in MultimodalDecoder.forward, the lower half through text_mask.
+    """
     return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
@@ -177,7 +185,7 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))                   # (B, Lq, D)
 
     def weights(self, x, context=None, mask=None):
-        """How much each row of x looks at what: arguments of forward -> (B, H, Lq, Lk)."""
+        """How much each row of x looks at what: (B, H, Lq, Lk). Arguments as for forward."""
         return attention(self.split(self.q(x)), *self.keys_values(x, context), mask)[1]
 
     def split(self, x):
@@ -185,8 +193,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x, context=None, cache=None):
-        """-> k and v (B, H, Lk, d). cache: a dict {layer: (k, v)} that this reads and fills. The
-        image's are computed once, and each token's once.
+        """-> k and v (B, H, Lk, d). cache: a dict {layer: (k, v)}, in generation. Those of the image
+        are computed in the first call and kept. Those of a new token are added to those before it.
         """
         cache = {} if cache is None else cache
         known = cache.get(self)
@@ -276,7 +284,7 @@ class AttentionalPooler(nn.Module):
 
     def __init__(self, width, heads, n_query):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(n_query, width))  # far apart: each asks for its own
+        self.query = nn.Parameter(torch.randn(n_query, width))  # large: they differ from the start
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
 
@@ -325,7 +333,7 @@ class UnimodalDecoder(nn.Module):
         mask = text_mask(tokens)                                        # (B, 1, L + 1, L + 1)
         for block in self.blocks:
             x = block(x, mask=mask)                                     # (B, L + 1, D)
-        states = x[:, :-1]                                              # (B, L, D)
+        states = x[:, :-1]                                              # (B, L, D), [CLS] taken out
         cls = self.norm(x[:, -1])                                       # (B, D)
         return states, F.normalize(cls, dim=-1)
 
@@ -368,17 +376,17 @@ def contrastive_loss(x, y, temperature, ids, rows=slice(None)):
     Image embeddings x and text embeddings y (N, E), unit norm; temperature sigma > 0 -> scalar.
     The two directions are added, as the paper prints it; CLIP averages them, which is half of this.
     ids (N,): equal numbers mark equal captions, which are each other's positives (UniCL, Yang et
-    al. 2022). The target is uniform over them, and its entropy, the log of their number, is taken
-    off. The paper has no such rule. But half of its batch, and all of CIFAR, is class names: in 64
-    images of 10 classes six or seven captions are equal, and Eq. (2) as printed cannot fall below
-    1.9 a direction.
-    rows: of these i only, as a mean; train.large_batch_backward takes Eq. (2) in such shares.
+    al. 2022). Among m equal captions each is the target with weight 1/m. Cross-entropy cannot then
+    fall below log m, so log m is taken off, and the best loss is 0 again. The paper has no such
+    rule. But half of its batch, and all of CIFAR, is class names: in 64 images of 10 classes six or
+    seven captions are equal, and Eq. (2) as printed cannot fall below 1.9 a direction.
+    rows: the mean over these i only, each still compared with all N (train.large_batch_backward).
     """
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)
         y = at_least_float32(y)
-        positives = (ids[rows, None] == ids).to(x.dtype)                # (N, N)
-        count = positives.sum(1, keepdim=True)                          # (N, 1)
+        positives = (ids[rows, None] == ids).to(x.dtype)                # (rows, N)
+        count = positives.sum(1, keepdim=True)                          # (rows, 1)
         image_to_text = F.cross_entropy(x[rows] @ y.T / temperature, positives / count)
         text_to_image = F.cross_entropy(y[rows] @ x.T / temperature, positives / count)
         return image_to_text + text_to_image - 2 * count.log().mean()
@@ -394,9 +402,10 @@ def captioning_loss(logits, targets):
 
 
 def caption_ids(tokens):
-    """tokens (N, L) -> (N,), equal numbers for equal captions.
+    """tokens (N, L) -> (N,), equal numbers for equal captions, for contrastive_loss.
 
-    On the CPU, as not every device can: a GPU is waited for, so call it before the model.
+    Computed on the CPU, because not every device can. This waits for a GPU, so it comes before the
+    model. (Batches draws one prompt a batch: then equal classes have equal captions.)
     """
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
@@ -432,7 +441,7 @@ class CoCa(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self):
-        """Initial values of what is multiplied or looked up. LayerNorms start as torch makes them."""
+        """Initial values of linear layers, tokens and text positions; LayerNorms keep torch's."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -440,7 +449,7 @@ class CoCa(nn.Module):
                 module.weight.normal_(std=inputs**-0.5)
                 if module.bias is not None:
                     module.bias.zero_()
-            # What is added to a residual stream starts smaller, the more layers add to it (GPT-2)
+            # Layers that add to the residual stream start smaller, the more there are (GPT-2)
             if name.endswith(("attention.out", "mlp.2")) and "pooler" not in name:
                 layers = c.encoder_layers if name.startswith("encoder") else c.n_uni + c.n_multi
                 module.weight.div_(math.sqrt(2 * layers))
@@ -449,7 +458,9 @@ class CoCa(nn.Module):
 
     @property
     def temperature(self):
-        """sigma of Eq. (2), learned; train.py keeps it in [0.01, 1] after each step."""
+        """sigma of Eq. (2), learned. After each step train.train moves the parameter back, so that
+        sigma is in [0.01, 1]. Nothing is clamped here: at a bound the gradient can lead back inside.
+        """
         return self.log_temperature.exp()
 
     def pool_image(self, images):
@@ -482,7 +493,7 @@ class CoCa(nn.Module):
         processes: train.large_batch_backward.)
         """
         ids = caption_ids(tokens)                                       # (B,)
-        x, y, cap = self(images, tokens)
+        x, y, cap = self(images, tokens)                                # CoCa.forward
         con = contrastive_loss(x, y, self.temperature, ids)
         return Losses(self.config.lambda_con * con + self.config.lambda_cap * cap, con, cap)
 
@@ -508,7 +519,7 @@ class CoCa(nn.Module):
     def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, top_p=1.0, generator=None):
         """Captions of images (B, 3, S, S) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
-        temperature 0 is greedy; else sample from softmax(logits / temperature), among the top_k
+        temperature (not sigma) 0 is greedy; else sample from softmax(logits / temperature), among the top_k
         likeliest tokens only (0 = all) and the fewest that hold a share top_p of the probability.
         """
         max_len = min(max_len, self.config.text_len)
@@ -590,9 +601,9 @@ def tour():
         print(f"  {name:8}", *(f"{'.x'[may]:>8}" for may in row))
 
     loss = model.losses(images, tokens)
-    print("\nLosses before training, and those of equal guesses (ours are random, so near them):")
+    print("\nLosses before training, and those of equal probabilities for all:")
     print(f"  Eq. (2), contrastive {loss.con:.2f}   2 ln N = {2 * math.log(4):.2f} for 4 pairs")
-    print(f"  Eq. (3), captioning  {loss.cap:.2f}     ln V = {math.log(9):.2f} for 9 words")
+    print(f"  Eq. (3), captioning  {loss.cap:.2f}     ln V = {math.log(9):.2f} for 9 tokens")
 
     print("\nMillions of parameters (in brackets: Table 1, which seems to leave the poolers out):")
     for name, (encoder, decoder) in TABLE_1.items():

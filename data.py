@@ -2,8 +2,8 @@
 
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
-    load("coco", "DIR")           DIR/annotations/captions_train2014.json, DIR/train2014/, val2014 (or 2017)
-    load("captions", "DIR")       DIR/captions.txt or a .csv: image,caption; images in DIR/Images or DIR
+    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ... (or 2014)
+    load("captions", "DIR")       a table of captions and its pictures, see captions_table
 
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
@@ -54,7 +54,7 @@ def run_program(main):
 
 
 def first_process():
-    """Under torchrun several processes do the same; one of them speaks."""
+    """Under torchrun several processes do the same; only the first prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -73,7 +73,7 @@ def pillow():
 
 
 def new_file(path):
-    """For argparse: the path, if a new file can be made there. It is tried before the work."""
+    """For argparse: the path, if a new file can be made there. So it is known before the work."""
     try:
         open(path, "x").close()
         os.remove(path)
@@ -90,10 +90,10 @@ def new_file(path):
 
 @dataclass
 class Dataset:
-    """Images with their texts. A caption never leaves its image, whatever the split."""
+    """Images with their texts. An image and all its captions are always in the same split."""
 
     images: np.ndarray  # (N, 3, S, S) uint8, in memory or memory-mapped
-    captions: list  # N lists of texts; training draws one of them, evaluation uses all
+    captions: list  # N lists of texts; training draws one, validation takes the first, tasks all
     labels: np.ndarray = None  # (N,) class of each image, where there are classes
     classes: list = field(default_factory=list)  # their names
     templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
@@ -125,20 +125,21 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
          val_from_train=0):
     """-> Dataset of images of size x size pixels.
 
-    split: "train" or "val"; where there are classes also "zeroshot" and, to learn them, "labelled"
-    and "labelled-val". subset: that many training images, the same every time, 0 = all.
-    seed: of generated scenes. val_from_train: keep that many training images apart, and let them
-    stand for the evaluation images.
+    split: "train" or "val"; where there are classes also "zeroshot" (CIFAR: the images of "val")
+    and, to learn classes from and to test them, "labelled" and "labelled-val". subset: that many
+    training images, the same every time, 0 = all. seed: of generated scenes. val_from_train: that
+    many training images are kept apart and take the place of the evaluation images (of scenes: of
+    "val" only).
     """
     def pick_rows(count):
         return pick(count, split, subset, val_from_train)
 
     part = "train" if val_from_train or split in ("train", "labelled") else "val"
     if name == "shapes":
-        if not val_from_train or split not in ("train", "val"):
-            return shapes(split, size, seed, subset)
-        data = shapes("train", size, seed)
-        return select(data, pick_rows(len(data)))
+        if val_from_train and split in ("train", "val"):
+            data = shapes("train", size, seed)
+            return select(data, pick_rows(len(data)))
+        return shapes(split, size, seed, subset)
     if not data_dir or not (download or os.path.exists(data_dir)):
         raise UserError(f"--data-dir {data_dir}: no such folder; {name} needs that of its files")
     data_dir = Path(data_dir)
@@ -242,8 +243,9 @@ def to_model(images):
 class Batches:
     """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L).
 
-    Every epoch has its own order; the last, short batch is dropped. Each batch draws anew which of
-    its captions an image has. It depends on its number alone: nothing to replay on resume.
+    Every epoch has its own order; the last, short batch is dropped. One random number a batch says
+    which of its captions an image has. A batch depends on its number alone: nothing to replay on
+    resume.
     own: which rows of each batch, where processes share it.
     """
 
@@ -265,7 +267,7 @@ class Batches:
         self.tokens = tokenizer.encode(rows, text_len)                  # (texts, L)
         cut = sum(is_cut(text, text_len) for text in rows)
         if cut:
-            note(f"{cut} captions cut to {text_len - 2} words")
+            note(f"{cut} different captions cut to {text_len - 2} words")
         self.sides = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
         self.epoch = None
 
@@ -468,8 +470,8 @@ def encode(text, encoding):
     return text.encode("latin1")
 
 
-# For what numpy 1 and 2 write of arrays and integers, and Python of bytes. (A pickle could change
-# a function's attributes, but not those of its __call__)
+# For what numpy 1 and 2 write of arrays and integers, and Python of bytes. (__call__: a pickle could
+# set attributes of a function, but not of a method)
 STAND_INS = {
     "dtype": PickledType,
     "ndarray": PickledArray,
@@ -614,10 +616,11 @@ TO_DO, DONE, BROKEN = 0, 1, 2  # states of a picture in the cache
 def cached_images(paths, rows, size, name):
     """Decodes each of paths[rows] once -> which rows can be read, their images (n, 3, size, size).
 
-    They are kept in ~/.cache/coca (or $COCA_CACHE; it may be deleted), in a file named after all
-    paths, their dates and the size: if any changes, all are decoded anew. It holds the whole set,
-    whatever the subset, and behind the pixels a byte for each picture's state. The states are
-    written last, so a run may be killed at any moment.
+    They are kept in ~/.cache/coca (or $COCA_CACHE), in one file for all paths, whatever the subset.
+    Its name is a hash of all paths, dates, lengths and the size in pixels: if one changes, a new
+    file is made. (Old ones stay until you delete them.) Behind the pixels a byte says of each
+    picture whether it is TO_DO, DONE or BROKEN. These are written last: a killed run leaves only
+    pictures to do.
     """
     facts = [size]
     for path in paths:
@@ -653,9 +656,9 @@ def decode_into(file, paths, rows, size, states, name):
             return None
 
     pillow()  # its absence should show at once, not image by image
-    # Written, not mapped: a full disk is then an error, and not the end of the process
+    # f.write and no memory map: on a full disk it raises an error, a map would kill the process
     with open(file, "r+b") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = pool.map(decode, rows)  # Pillow works outside Python's lock
+        images = pool.map(decode, rows)  # Pillow releases Python's lock
         try:
             for i, image in zip(rows.tolist(), tqdm(images, f"decoding {name}", len(rows), leave=False)):
                 states[i] = BROKEN
@@ -688,7 +691,6 @@ def captioned_images(captions, pick_rows, size, name, source):
         raise UserError(f"{source}: no pictures with captions; check the file")
     rows = pick_rows(len(paths))
     missing = [i for i in rows if not os.path.isfile(paths[i])]
-    good = rows
     allowed = min(max(1, len(rows) // 100), len(rows) - 1)
     if len(missing) <= allowed:
         good, images = cached_images(paths, rows, size, name)
@@ -908,7 +910,7 @@ def column_rows(text):
     if not pictures or not kind:
         raise ValueError(f"line 1: must name the columns, such as image,caption, not {header!s:.80}")
     names = set()
-    broken = []  # cells of more than one line
+    broken = []  # cells with a line break
     for line, cells in rows:
         if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
             cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
@@ -929,6 +931,7 @@ def column_rows(text):
         if captions[0].startswith(("['", '["')):
             raise ValueError(f"line {line}: a list of captions; give each a row of its own")
         yield Row(picture, captions, KINDS.get(split, ""), line)
+    # A quote that is closed too late swallows rows: names of pictures then stand inside a cell
     endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
     for line, cell in broken:
         for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
@@ -952,8 +955,9 @@ def find_picture(name, known, subfolders):
 def held_out(names):
     """About one name in ten for evaluation, at least one, by a hash of it.
 
-    Of the name below the folder that all have in common: moving them changes nothing. Adding files
-    there moves none across, but for one that was chosen because there was no other.
+    Of the name below the folder that all have in common. So moving that folder changes no split, and
+    a new file there changes the split of no old one. (If no hash was small enough, one name was
+    chosen all the same; a new file may replace it.)
     """
     try:
         root = posixpath.commonpath([posixpath.dirname(name) for name in names])

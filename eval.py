@@ -1,7 +1,7 @@
 """Evaluate a CoCa checkpoint: zero-shot (Sec. 3.3), or by training on the task (Sec. 3.3, 4.2).
 
     python eval.py runs/shapes/checkpoint.pt                            zero-shot, captions
-    python eval.py runs/shapes/checkpoint.pt --task frozen finetuned    what learns a classifier
+    python eval.py runs/shapes/checkpoint.pt --task frozen finetuned    train a classifier on it
     python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png        caption your pictures
     python eval.py runs/shapes/checkpoint.pt --image a.jpg --labels "a ring" "a cross"  which fits
     python eval.py runs/shapes/checkpoint.pt --image *.png --find "a red ring"  best picture first
@@ -115,15 +115,16 @@ def embed_classes(model, tokenizer, classes, templates=("{}",)):
 def zero_shot(image_embedding, class_embedding):
     """(N, E), (classes, E) -> the class (N,) nearest to each image.
 
-    -1 where several are equally near, or none is near (NaN): such an image counts as wrong.
+    -1 if two classes or more share the largest cosine, or if one is NaN: that image is wrong.
     """
     cosine = image_embedding @ class_embedding.T                        # (N, classes)
     best, predicted = cosine.max(1)
-    nearest = (cosine >= best[:, None]).sum(1)  # how many; no number is >= NaN
+    nearest = (cosine >= best[:, None]).sum(1)  # how many have the largest; 0 if it is NaN
     return torch.where(nearest == 1, predicted, -1)
 
 
 def zero_shot_task(model, tokenizer, s):
+    """Share of images whose nearest class is the right one."""
     need_embeddings(model)
     need_classes(s)
     data = load_split(model, s, "zeroshot")
@@ -139,7 +140,8 @@ BLOCK = 2**25  # cosines in one tensor at most: 128 MiB of float32
 
 
 def ranks(queries, items, relevant):
-    """How many wrong items are at least as near to each query as its best right one: 0 is best.
+    """For each query: how many wrong items have a cosine at least as large as its best right item.
+    0 = a right item is first.
 
     queries (n, E), items (N, E), relevant: for each query the list of its items -> n numbers,
     infinite where a cosine is NaN.
@@ -296,8 +298,8 @@ def cider_d(candidates, references, sigma=6.0):
 
 
 def captioning_task(model, tokenizer, s, most=1000, examples=2):
-    """Greedy captions of at most `most` images, some of which it prints. Chance: what each caption
-    scores on an image half of the set away (the next may be of the same series).
+    """Greedy captions of at most `most` images, some of which it prints. Chance: the same captions,
+    each scored on another image, half of the set further on (neighbours are often of one series).
     """
     if not model.config.lambda_cap:
         raise UserError("the checkpoint was trained with --lambda-cap 0, its decoder never learned "
@@ -326,7 +328,7 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
     if unknown:
         print(f"{unknown:.1%} of the words in the true captions are unknown")
     for text, texts in list(zip(captions, true))[:examples]:
-        same = text if text in texts else texts[0]  # scenes: in either order
+        same = text if text in texts else texts[0]  # scenes have two captions, in either order
         print(f"  generated: {text}\n       true: {same}")
     return found
 
@@ -338,8 +340,8 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
 class Classifier(nn.Module):
     """A *new* one-query pooler and a linear layer, on tokens of encoder or decoder (Sec. 3.3, 4.2).
 
-    Frozen, finetuned and video evaluation use no pretrained pooler. pooled=False: a linear probe,
-    on the mean token.
+    Frozen: it alone learns. Finetuned: the encoder learns, too. Neither uses a pretrained pooler.
+    pooled=False, in frozen_task only: a linear probe, on the mean token.
     """
 
     def __init__(self, width, heads, classes, pooled=True):
@@ -359,10 +361,10 @@ class Classifier(nn.Module):
 class Recipe:
     """How a task is learned: Tables 9 and 10 as far as they go.
 
-    Theirs are 50,000 to 200,000 steps, batches of 64 to 512 and RandAugment; ours are few and small,
-    without. Where the paper disagrees with itself (finetuning at 5e-4 in Table 9, at 1e-4 in its
-    text) Table 9 is followed. "Encoder" in Table 10 seems to mean all that is pretrained; there the
-    decoder's rate, lr, is our choice.
+    Theirs are 10,000 to 200,000 steps, batches of 64 to 512 and, for some tasks, RandAugment; ours
+    are few and small, without. Where the paper disagrees with itself (finetuning at 5e-4 in Table
+    9, at 1e-4 in its text) Table 9 is followed. "Encoder" in Table 10 seems to mean all that is
+    pretrained. We take it for the encoder alone: poolers and decoder learn at lr, our choice.
     """
 
     lr: float = 5e-4  # of the classifier and, where they learn, of poolers and decoder
@@ -409,9 +411,9 @@ def run_in_parts(function, inputs, device):
 def transfer(model, read, classifier, train, test, recipe, what):
     """Trains a classifier, and a copy of the model too unless it is frozen -> accuracy on test.
 
-    The loss is Eq. (1). train and test: inputs of `read` as tensors (N, ...), labels (N,). Scored
-    are not the last weights but their moving average, over the last tenth of the steps or so.
-    (Table 9's decay of 0.9999 would need some 10,000 steps to forget the first weights.)
+    The loss is Eq. (1). train and test: inputs of `read` as tensors (N, ...), labels (N,). The
+    accuracy is that of averaged weights, which remember about the last tenth of the steps. (Table
+    9's decay of 0.9999 would need some 10,000 steps to forget the first weights.)
     """
     device = device_of(model)
     inputs, labels = train
@@ -489,15 +491,16 @@ def finetuned_task(model, tokenizer, s):
     return {"finetuned": learn_images(model, s, FINETUNED, "finetuning")}
 
 
-ZERO_SHOT = {"zero-shot": zero_shot_task, "retrieval": retrieval_task, "captioning": captioning_task}
-TASKS = {**ZERO_SHOT, "frozen": frozen_task, "finetuned": finetuned_task}
+DEFAULT_TASKS = {"zero-shot": zero_shot_task, "retrieval": retrieval_task,
+                 "captioning": captioning_task}
+TASKS = {**DEFAULT_TASKS, "frozen": frozen_task, "finetuned": finetuned_task}
 
 
-def evaluate(model, tokenizer, settings, tasks=ZERO_SHOT, strict=False, notes=True):
+def evaluate(model, tokenizer, settings, tasks=DEFAULT_TASKS, strict=False, notes=True):
     """Runs tasks {name: function} -> {what: {"score": ..., "chance": ...}}, printed as it comes.
 
-    R@5 and BLEU-1 to 3 are not printed. A task that lacks something is left out, with a note;
-    strict: it is a UserError.
+    R@5 and BLEU-1 to 3 are not printed. A task that lacks something is left out, with a note if
+    notes; strict: it is a UserError.
     """
     model.eval()
     scores = {}
@@ -532,7 +535,7 @@ def as_text(what, value):
 
 
 def check_texts(texts, model, tokenizer):
-    """UserError of texts that say nothing to the model; a note of the words that do not."""
+    """UserError if a text has no known word, or two have the same tokens; a note of unknown words."""
     need_embeddings(model)
     rows = tokenizer.encode(texts, model.config.text_len).tolist()
     for i, text in enumerate(texts):
@@ -551,7 +554,7 @@ def check_texts(texts, model, tokenizer):
 
 @torch.no_grad()
 def compare(model, tokenizer, images, names, labels, find):
-    """Images (N, 3, S, S) uint8 and texts of your own, where there are any, best first.
+    """Your images (N, 3, S, S) uint8 beside your texts, the best match first.
 
     -> {"labels": {image: {label: probability}}, by the softmax of Eq. (2) over the labels,
     "find": {text: {image: cosine}}}.
@@ -576,7 +579,7 @@ def ranked(queries, answers, values):
 
 
 def own_images(args, model, tokenizer):
-    """Captions, labels or finds for args.image, printed -> the images (N, 3, S, S) uint8, scores."""
+    """Prints captions, labels or search results for args.image -> images (N, 3, S, S) uint8, scores."""
     for texts in (args.labels, args.find):
         if texts:
             check_texts(texts, model, tokenizer)
@@ -649,9 +652,8 @@ def evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint):
         settings.update(data=args.data, data_dir=args.data_dir, val_from_train=0)
     elif args.data_dir:
         settings["data_dir"] = args.data_dir
-    if args.task:
-        return evaluate(model, tokenizer, settings, {name: tasks[name] for name in args.task}, True)
-    return evaluate(model, tokenizer, settings, tasks)
+    chosen = {name: tasks[name] for name in args.task or tasks}
+    return evaluate(model, tokenizer, settings, chosen, strict=bool(args.task))
 
 
 def main(argv=None):
@@ -661,7 +663,7 @@ def main(argv=None):
     if args.image:
         _, scores = own_images(args, model, tokenizer)
     else:
-        tasks = TASKS if args.task else ZERO_SHOT
+        tasks = TASKS if args.task else DEFAULT_TASKS
         scores = evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint)
     if args.json:
         write_new(args.json, json.dumps(scores, indent=1))
@@ -674,7 +676,9 @@ FORMAT = 2  # of a checkpoint; goes up when older ones can no longer be read
 
 
 def load_checkpoint(path):
-    """-> model on the CPU, tokenizer, the whole checkpoint (plain types only: loading runs no code)."""
+    """-> model on the CPU, tokenizer, the whole checkpoint: train.save wrote it, and says what is in
+    it. Plain types only: loading runs no code.
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; python train.py makes one")
     try:
@@ -700,14 +704,14 @@ def pick_device(name):
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
-    except Exception as e:  # torch has a kind of its own for each device
+    except Exception as e:  # each device raises a kind of its own
         why = str(e).splitlines()[0]
         raise UserError(f"--device {name}: cannot be used here ({why}); leave it out") from None
     return name
 
 
 def write_new(path, text):
-    """Writes a file that was not there, or nothing. A name in the text may be no Unicode."""
+    """Writes a file that was not there, or nothing. (File names in the text may be no Unicode.)"""
     try:
         with open(path, "x", encoding="utf-8", errors="replace") as f:
             f.write(text)

@@ -61,9 +61,9 @@ from eval import FORMAT, evaluate, load_checkpoint, pick_device
 # ------------------------------------------------------------------------------------------------
 # Settings
 
-# What the data change. The paper's learning rate is 8e-4 (Sec. 4.1), for models a hundred times as
-# large and 500,000 steps. Those of shapes, cifar10 and captions were chosen on training images kept
-# apart (--val-from-train); cifar100 and coco take them over.
+# Settings that depend on the data. The paper's learning rate is 8e-4 (Sec. 4.1), for models that
+# are hundreds of times larger and 500,000 steps. Those of shapes, cifar10 and captions were chosen
+# on training images kept apart (--val-from-train); cifar100 and coco take them over.
 CIFARS = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
 CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
 PRESETS = {
@@ -86,8 +86,9 @@ NOT_KEPT = ["help", "out", "resume", "device", "download"]
 def parse_args(argv=None):
     """-> settings and, with --resume or --init, what load_checkpoint gives.
 
-    What no flag says comes from the checkpoint; else from --config; else from PRESETS for the data
-    or, where they say nothing, from the tiny configuration and the defaults here.
+    What no flag says comes from the checkpoint (--resume: everything; --init: sizes and weights of
+    the losses); else from --config; else from PRESETS for the data or, where they say nothing, from
+    the tiny configuration and the defaults here.
     """
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], usage="python train.py [options]", add_help=False,
@@ -160,8 +161,11 @@ def parse_args(argv=None):
 
 
 def train(model, optimizer, batches, s, start=0, rank=0, world=1):
-    """Trains from step `start` to the last. Yields (step, L_Con, L_Cap) between backward and the
-    optimizer's step, where the weights have just given finite losses: the moment to save them.
+    """Trains from step `start` to the last. Yields (step, L_Con, L_Cap) after backward and before
+    the optimizer's step: the weights have just given finite losses, and may be saved.
+
+    CoCa.losses calls contrastive_loss for Eq. (2), and CoCa.forward for Eq. (3). With --accum or
+    several processes large_batch_backward does so instead.
     """
     autocast = half_precision(s.device)
     for step in range(start, s.steps):
@@ -196,13 +200,13 @@ def make_optimizer(model):
     """
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learned if p.dim() > 1]
-    vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, temperature: nothing to decay
+    vectors = [p for p in learned if p.dim() <= 1]  # biases, norms, [CLS], temperature: no decay
     groups = [dict(params=matrices, weight_decay=0.01), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 def learning_rate(step, peak, steps):
-    """Linear warm-up over the first 2 % of the steps, then linear decay to 0 (not stated to what)."""
+    """Linear warm-up over the first 2 % of the steps, then linear decay (to 0: not stated)."""
     warm_up = max(1, round(0.02 * steps))
     return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
@@ -227,7 +231,7 @@ def main(argv=None):
             model, tokenizer, checkpoint = source
         else:
             model, tokenizer = new_model(s, data, source)
-        del source  # of --init: its optimizer's state is as large as two models
+        del source  # frees what --init loaded: its optimizer's state is twice the model
         prepare(model.to(s.device), s)
         optimizer = make_optimizer(model)
         rows = []  # of metrics, one a step
@@ -256,7 +260,7 @@ def main(argv=None):
 
 
 def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
-    """Runs the loop, fills rows, shows and saves -> the signals that asked to stop, if any."""
+    """Runs the loop, fills rows, shows and saves -> the signals that came, none if it ended."""
     began = time.time() - (rows[-1][SECONDS] if rows else 0)
     saved = -math.inf  # when
     saving = 0.0  # how long it took
@@ -317,7 +321,7 @@ def at_least(low, kind=int, high=math.inf):
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"must be at least {low} and below {high}, not {text}")
         return value
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    parse.__name__ = kind.__name__  # so argparse's own error says "invalid int value"
     return parse
 
 
@@ -355,8 +359,8 @@ def load_data(s, rank):
     if rank > 0:
         dist.barrier()
     common = dict(size=s.image_size, seed=s.seed, val_from_train=s.val_from_train)
-    fetch = s.download and rank == 0
-    data = load(s.data, s.data_dir, "train", subset=s.subset, download=fetch, **common)
+    download = s.download and rank == 0
+    data = load(s.data, s.data_dir, "train", subset=s.subset, download=download, **common)
     val = load(s.data, s.data_dir, "val", **common)
     if s.dedup:  # augmented images are shown mirrored, too
         data = without_duplicates(data, val, mirrored=data.augment)
@@ -386,10 +390,8 @@ def describe(s, model, batches):
     """What is trained and, of a new model, what to expect of it."""
     print(" ".join(f"{name}={value}" for name, value in vars(s).items() if name != "help"))
     decoder = count_parameters(model.unimodal, model.multimodal)
-    poolers = count_parameters(model.contrastive_pooler)
-    if model.generative_pooler is not None:
-        poolers += count_parameters(model.generative_pooler)
-    print(f"{len(batches.data):,} images, {s.vocab_size:,} words; millions of parameters: encoder "
+    poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
+    print(f"{len(batches.data):,} images, {s.vocab_size:,} tokens; millions of parameters: encoder "
           f"{count_parameters(model.encoder):.2f}, poolers {poolers:.2f}, decoder {decoder:.2f}")
     unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
     if unknown > 0.1:
@@ -419,7 +421,7 @@ def part_of(name):
 def new_model(s, data, source=None):
     """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
     if source is None or "decoder" in s.fresh:
-        size = max(s.vocab_size, CONFIGS["tiny"].vocab_size)
+        size = max(s.vocab_size, CONFIGS["tiny"].vocab_size)  # (--init may have few words)
         tokenizer = Tokenizer.learn(itertools.chain(*data.captions), size)
     else:
         tokenizer = source[1]
@@ -436,13 +438,12 @@ def new_model(s, data, source=None):
     weights["encoder.position"] = resize_positions(weights["encoder.position"],
                                                    wanted["encoder.position"])
     for name in {**wanted, **weights}:
-        fits = name in wanted and name in weights and wanted[name].shape == weights[name].shape
-        if part_of(name) not in s.fresh and not fits:
+        if part_of(name) in s.fresh:
+            continue
+        if name not in wanted or name not in weights or wanted[name].shape != weights[name].shape:
             raise UserError(f"--init: its {name} does not fit the sizes asked for; "
                             f"leave the sizes out, or add --fresh {part_of(name)}")
-    for name in weights:
-        if part_of(name) not in s.fresh:
-            wanted[name].copy_(weights[name])
+        wanted[name].copy_(weights[name])
     return model, tokenizer
 
 
@@ -456,13 +457,14 @@ def resize_positions(position, wanted):
 
 @torch.no_grad()
 def whiten_patches(layer, images, whitening):
-    """Sets a patch embedding: centred and of spread 1 on these images (n, 3, S, S).
+    """Sets a patch embedding so that its outputs on these images (n, 3, S, S) have mean 0 and
+    spread 1.
 
-    whitening: each direction in which patches vary is scaled by spread^-whitening. 0 keeps the
-    picture as it is; 1 makes all directions equally loud, noise too (as ConvNets do that learn
-    CIFAR in seconds: Jordan 2024, arXiv 2404.00498). In photographs neighbouring pixels are
-    nearly equal, so brightness outweighs edges and texture by far, and an encoder has to learn
-    first that these matter: half of whitening helps. In scenes most directions are noise.
+    whitening 0 keeps the proportions of the picture. 1 scales all principal directions of the
+    patches to the same spread, noise too (as ConvNets do that learn CIFAR in seconds: Jordan 2024,
+    arXiv 2404.00498). 0.5 lies between. In photographs neighbouring pixels are nearly equal, so
+    brightness outweighs edges and texture by far: half of whitening helps an encoder to see these.
+    In scenes most directions are noise.
     """
     weight = layer.weight.flatten(1)                                    # (D, 3 * patch^2)
     patches = F.unfold(images, layer.stride, stride=layer.stride)       # (n, 3 * patch^2, P)
@@ -498,8 +500,8 @@ def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
       4. add up the gradients of all processes.
 
     This is exact as long as a part's second run gives what its first gave: nothing in the model is
-    random. With dropout it would not be. It costs a second run of the encoder and of the lower
-    half of the decoder; a process with one part keeps the graph of its first run instead.
+    random. With dropout it would not be. It costs a second run of the encoder, the poolers and the
+    lower half of the decoder; a process with one part keeps the graph of its first run instead.
     """
     config = model.config
     n = len(images)
@@ -574,8 +576,9 @@ SECONDS = METRICS.index("seconds")
 
 @contextlib.contextmanager
 def run_folder(s, rank):
-    """A new run's folder: s.out, which must be new or empty, or else the first free of runs/DATA,
-    runs/DATA-2, ... If the run fails before its first checkpoint, what was made goes away again.
+    """A new run's folder: --out, which must be new or empty. Without --out: the first free of
+    runs/DATA, runs/DATA-2, ... If the run fails before its first checkpoint, what was made here
+    goes away again.
     """
     if s.resume or rank > 0:
         yield
@@ -613,8 +616,9 @@ def free_folder(data):
 
 @contextlib.contextmanager
 def noted_signals(world):
-    """Yields a list that gets the first Ctrl-C or SIGTERM. A second one acts as usual, and so does
-    the first on several processes: there the last save counts.
+    """Yields a list that gets the first Ctrl-C or SIGTERM. run_steps then saves the weights as they
+    are before the running step's update, and main says how to go on. A second signal acts at once
+    (data.run_program), and so does the first on several processes: there the last save counts.
     """
     asked = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -650,7 +654,7 @@ def save(s, model, tokenizer, optimizer, val, rows):
                       settings=settings, model=model.state_dict(),
                       optimizer=optimizer.state_dict(), step=len(rows), metrics_names=METRICS,
                       metrics=metrics)
-    content = io.BytesIO()  # (torch would report a full disk in words of its own)
+    content = io.BytesIO()  # in memory first: torch's own error of a full disk is hard to read
     torch.save(checkpoint, content)
     replace_file(Path(s.out) / "checkpoint.pt", content.getbuffer())
     lines = [",".join(METRICS)]
