@@ -108,15 +108,15 @@ PICTURE = ("--image", f"{HOSTILE}.png")
 
 
 @pytest.mark.parametrize("flags, changes, there, absent", [
-    ((), {}, ["Zero-shot classification", "Retrieval", "captions exactly right"], "is 0:"),
-    ((), dict(pooler="parallel"), ["3 queries"], "is 0:"),
-    ((), dict(n_query=0), ["Retrieval"], "3 queries"),
-    ((), dict(lambda_con=0.0), ["lambda_con is 0"], "Zero-shot classification"),
-    ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], "<end>"),
-    ((), dict(lambda_cap=0.0, pooler="parallel"), ["image embedding"], "3 queries"),
-    (PICTURE, {}, ["Captions and", f"{HOSTILE}.png"], "Retrieval"),
-    ((*PICTURE, "--find", "a cat", "dog"), {}, ["Images for “a cat”", "Find"], "Labels"),
-    ((*PICTURE, "--labels", "dog", f"{HOSTILE} cat"), {}, [f"Texts for {HOSTILE}.png", "Labels"], "Find")])
+    ((), {}, ["Zero-shot classification", "Retrieval", "captions exactly right"], ["is 0:"]),
+    ((), dict(pooler="parallel"), ["3 queries"], ["is 0:"]),
+    ((), dict(n_query=0), ["Retrieval"], ["3 queries"]),
+    ((), dict(lambda_con=0.0), ["lambda_con is 0"], ["Zero-shot class", "image embedding"]),
+    ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], ["<end>"]),
+    ((), dict(lambda_cap=0.0, pooler="parallel"), ["image embedding"], ["3 queries"]),
+    (PICTURE, {}, ["Captions and", f"{HOSTILE}.png"], ["Retrieval"]),
+    ((*PICTURE, "--find", "a cat", "dog"), {}, ["Images for “a cat”", "Find"], ["Labels"]),
+    ((*PICTURE, "--labels", "dog", f"{HOSTILE} cat"), {}, [f"Texts for {HOSTILE}.png", "Labels"], ["Find"])])
 def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(
         make, flags, changes, there, absent):
     text = make(*flags, **changes)
@@ -126,7 +126,8 @@ def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(
     assert "<script>" not in text and "<img src=x" not in text
     assert "default-src 'none'" in text
     assert any(HOSTILE in attributes["alt"] for attributes in images_of(page))
-    assert all(phrase in shown for phrase in there) and absent not in shown
+    assert all(phrase in shown for phrase in there)
+    assert not any(phrase in shown for phrase in absent)
     assert "Loss curves" in shown and "lambda_con" in shown  # settings
 
 
