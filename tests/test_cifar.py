@@ -151,7 +151,7 @@ for change in (
         {"labels": np.ones((4, 1), int)}, {"labels": np.int64(4)},
         # of other types
         {"labels": ["1", "2", "3", "4"]}, {"labels": [1.0, 2.0, 3.0, 4.0]},
-        {"labels": np.ones(4)}, {"labels": np.ones(4, bool)}, {"labels": np.ones(4, ">i4")},
+        {"labels": np.ones(4)}, {"labels": np.ones(4, bool)}, {"labels": np.zeros(4, ">i4")},
         {"labels": np.ones(4, object)}, {"labels": np.ones(4, "M8[s]")},
         {"labels": np.ones(4, "i4,i4")}, {"labels": [np.float32(1)] * 4},
         # pixels: of other types and shapes

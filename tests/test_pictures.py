@@ -204,12 +204,14 @@ def test_one_picture_in_a_hundred_may_lack_and_is_counted_at_every_load(
     for i, name in enumerate(lacking):
         spoil(tmp_path / "Images" / name, how[i % len(how)])
     for _ in range(2):
-        found = load("captions", tmp_path, size=4)
+        with counting((data, "read_image")) as (read,):
+            found = load("captions", tmp_path, size=4)
         check_captions(found)
         assert found.names == [name for name in whole.names if name not in lacking]
         said = capsys.readouterr().err
         assert f"{allowed} of {len(whole)} pictures cannot be read" in said
         assert all(f"/{name}: " in said for name in lacking)
+    assert read.call_count == allowed  # tried once more, for the reason
     assert fingerprint(found) != fingerprint(whole)
     spoil(tmp_path / "Images" / whole.names[0], how[-1])
     refused(f"{allowed + 1} of {len(whole)} pictures .*put them back, or take them out", load,

@@ -52,7 +52,8 @@ def parts(root, known=TEXTS):
     found = []
     for part in ("train", "val"):
         captions, _ = captions_table(Path(root), part)
-        assert all(known[os.path.basename(path)] == texts for path, texts in captions.items())
+        for path, texts in captions.items():
+            assert os.path.isfile(path) and known[os.path.basename(path)] == texts
         found.append({os.path.basename(path) for path in captions})
     return found
 
@@ -117,6 +118,7 @@ def test_captions_come_out_as_they_are_written(tmp_path):
 def test_the_one_odd_name_of_flickr8k_is_read_and_no_other_is_cut(tmp_path):
     write(tmp_path, "x.token.txt", "a.jpg.1#0\tdog\nb.jpg#0\tdog\nc.1#0\tdog\n")
     texts = dict.fromkeys(["a.jpg", "b.jpg", "c.1"], ["dog"])
+    make_pictures(tmp_path, texts)
     assert set.union(*parts(tmp_path, texts)) == texts.keys()
 
 
@@ -139,10 +141,10 @@ def test_pictures_are_in_the_usual_folders_or_the_only_one_that_holds_them(tmp_p
     make_pictures(tmp_path / folder)
     make_pictures(tmp_path / "other", ["x.png"])
     check_whole(tmp_path)
-    for found in (folder, folder.replace("my photos", "")):
+    for found, more in ((folder, "third"), (folder.replace("my photos", ""), ""), ("", "")):
         captions, _ = captions_table(tmp_path, "train")
         assert {Path(path).parent for path in captions} == {tmp_path / found}
-        make_pictures(tmp_path / "third")  # control: then it is not the only one
+        make_pictures(tmp_path / more)  # controls: not the only folder; the name as it is goes first
 
 
 def test_moving_pictures_or_naming_them_in_another_way_moves_none_across(tmp_path):
@@ -153,6 +155,7 @@ def test_moving_pictures_or_naming_them_in_another_way_moves_none_across(tmp_pat
         write(folder, "captions.txt", table(row=form + "{name},{quoted}"))
         check_whole(folder)
     more = {str(i): ["x"] for i in range(90)}
+    make_pictures(tmp_path / "0", more)
     write(tmp_path / "0", "captions.txt", table() + "".join(f"{name},x\n" for name in more))
     train, val = parts(tmp_path / "0", TEXTS | more)
     assert TESTED < val and TEXTS.keys() - TESTED < train and 5 <= len(val) <= 20
@@ -207,14 +210,13 @@ def test_files_for_each_split_are_obeyed_and_test_goes_before_val(tmp_path):
     (("train", "val", "test"), 0, 2), (("restval", "dev"), 0, 1), (("test", "train"), 1, 0),
     ((" Train", "Validation "), 0, 1), (("train", "valid"), 0, 1)])
 def test_a_tables_own_splits_are_obeyed(tmp_path, splits, learned, tested):
+    names = [set(NAMES[i::len(splits)]) for i in (learned, tested)]
+    make_pictures(tmp_path / "val2014")
     column = table("image,caption,Split", "{name},{quoted},{split}", splits=splits)
+    assert parts(write(tmp_path, "a.csv", column)) == names
+    make_pictures(tmp_path / "train2014")  # of the same names
     plain = [split.strip().lower() for split in splits]
-    for name, content in (("a.csv", column), ("dataset_x.json", karpathy(plain, filepath="val2014"))):
-        make_pictures(tmp_path / "val2014")
-        path = write(tmp_path, name, content)
-        names = [set(NAMES[i::len(splits)]) for i in (learned, tested)]
-        assert parts(tmp_path) == names
-        path.unlink()
+    assert parts(write(tmp_path, "dataset_x.json", karpathy(plain, filepath="val2014"))) == names
 
 
 def test_the_lists_of_flickr8k_are_obeyed_if_both_are_there(tmp_path):
