@@ -268,7 +268,7 @@ class Batches:
         cut = sum(is_cut(text, text_len) for text in rows)
         if cut:
             note(f"{cut} different captions cut to {text_len - 2} words")
-        self.sides = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
+        self.left_right = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
         self.epoch = None
 
     def __call__(self, step):
@@ -277,9 +277,9 @@ class Batches:
             self.epoch = epoch
             rng = np.random.default_rng([self.seed, 0, epoch])
             self.order = rng.permutation(len(self.data))
-            self.draw = rng.random(self.per_epoch)  # one a batch: equal classes get equal prompts
+            self.which = rng.random(self.per_epoch)  # one a batch: equal classes get equal prompts
         rows = self.order[batch * self.batch_size:][:self.batch_size][self.own]
-        drawn = [self.choices[i][int(self.draw[batch] * len(self.choices[i]))] for i in rows]
+        drawn = [self.choices[i][int(self.which[batch] * len(self.choices[i]))] for i in rows]
         tokens = self.tokens[drawn]                                     # (B, L)
         longest = (tokens != PAD).sum(1).max()
         images = self.data.images[rows]                                 # (B, 3, S, S) uint8
@@ -288,7 +288,7 @@ class Batches:
             border = images.shape[-1] // 8
             corner = rng.integers(0, 2 * border + 1, (self.batch_size, 2))[self.own]
             flip = (rng.random(self.batch_size) < 0.5)[self.own]
-            flip &= ~torch.isin(tokens, self.sides).any(1).numpy()  # "left" must stay true
+            flip &= ~torch.isin(tokens, self.left_right).any(1).numpy()  # "left" must stay true
             images = crop_and_flip(images, border, corner, flip)
         images = torch.from_numpy(images).to(self.device)
         return to_model(images), tokens[:, :longest].to(self.device)
@@ -331,8 +331,8 @@ SHAPES = {  # below the radius r = inside; x to the right, y downwards, from the
 RADII = {"small": 0.15, "large": 0.22}  # in image sides
 CORNERS = ["top left", "top right", "bottom left", "bottom right"]
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-HELD_OUT = list(zip(COLOURS, SHAPES))  # never in training: each shape lacks one colour
-SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+UNSEEN = list(zip(COLOURS, SHAPES))  # never in training: each shape lacks one colour
+SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
 SPLITS = ["train", "val", "zeroshot", "labelled", "labelled-val"]  # the last two: to classify
 
 
@@ -367,7 +367,7 @@ def scene(seed, split, index):
     if split in ("train", "val"):
         count = rng.integers(1, 3)
         return place(rng, rng.permutation(4)[:count], SEEN), rng
-    pairs = HELD_OUT if split == "zeroshot" else PAIRS
+    pairs = UNSEEN if split == "zeroshot" else PAIRS
     return place(rng, rng.permutation(4)[:1], pairs), rng
 
 
@@ -769,11 +769,11 @@ def coco_captions(source, folder):
 # ------------------------------------------------------------------------------------------------
 # captions: a table of your own, or Flickr8k, Flickr30k and Karpathy's splits as downloaded
 
-PICTURES = ["image", "image_name", "file_name", "filename", "filepath", "name"]  # columns
-CAPTIONS = ["caption", "comment", "text", "title", "sentence"]  # the first that is there
+PICTURE_COLUMNS = ["image", "image_name", "file_name", "filename", "filepath", "name"]  # columns
+CAPTION_COLUMNS = ["caption", "comment", "text", "title", "sentence"]  # the first that is there
 FOLDERS = ["", "Images", "images", "Flicker8k_Dataset", "flickr30k_images"]  # of pictures
-KINDS = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
-         "dev": "val", "test": "test"}  # of splits
+SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "valid": "val",
+               "validation": "val", "dev": "val", "test": "test"}
 
 
 class Row(NamedTuple):
@@ -861,7 +861,7 @@ def karpathy_rows(text):
     for image in json.loads(text)["images"]:
         name = posixpath.join(image.get("filepath", ""), image["filename"])
         yield Row(name, [sentence["raw"] + "" for sentence in image["sentences"]],
-                  KINDS[image["split"]], 0)
+                  SPLIT_NAMES[image["split"]], 0)
 
 
 def token_rows(text):
@@ -905,8 +905,8 @@ def column_rows(text):
     rows = csv_rows(text, delimiter)
     _, header = next(rows, (1, []))
     header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in header]
-    pictures = [header.index(name) for name in PICTURES if name in header]
-    kind = next((name for name in CAPTIONS if name in header), None)
+    pictures = [header.index(name) for name in PICTURE_COLUMNS if name in header]
+    kind = next((name for name in CAPTION_COLUMNS if name in header), None)
     if not pictures or not kind:
         raise ValueError(f"line 1: must name the columns, such as image,caption, not {header!s:.80}")
     names = set()
@@ -925,12 +925,12 @@ def column_rows(text):
         split = ""
         if "split" in header:
             split = cells[header.index("split")].strip().lower()
-            if split not in KINDS:
+            if split not in SPLIT_NAMES:
                 raise ValueError(f"line {line}: the split is {split!r}; write train, val or test")
         captions = [cell.strip() for name, cell in zip(header, cells) if name == kind]
         if captions[0].startswith(("['", '["')):
             raise ValueError(f"line {line}: a list of captions; give each a row of its own")
-        yield Row(picture, captions, KINDS.get(split, ""), line)
+        yield Row(picture, captions, SPLIT_NAMES.get(split, ""), line)
     # A quote that is closed too late swallows rows: names of pictures then stand inside a cell
     endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
     for line, cell in broken:

@@ -645,14 +645,20 @@ def parse_args(argv=None):
     return args
 
 
-def evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint):
-    """Tasks {name: function} on the checkpoint's data or those of args."""
+def settings_of(args, checkpoint):
+    """The checkpoint's settings, with the data of args where they are given."""
     settings = dict(checkpoint["settings"])
     if args.data:
         settings.update(data=args.data, data_dir=args.data_dir, val_from_train=0)
     elif args.data_dir:
         settings["data_dir"] = args.data_dir
+    return settings
+
+
+def evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint):
+    """Tasks {name: function} on the checkpoint's data or those of args."""
     chosen = {name: tasks[name] for name in args.task or tasks}
+    settings = settings_of(args, checkpoint)
     return evaluate(model, tokenizer, settings, chosen, strict=bool(args.task))
 
 

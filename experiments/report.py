@@ -35,6 +35,7 @@ from eval import (
     own_images,
     pick_device,
     ranked,
+    settings_of,
     write_new,
     zero_shot,
 )
@@ -371,16 +372,6 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     check_image_flags(p, args)
     return args
-
-
-def settings_of(args, checkpoint):
-    """Those of the run, on other data if args say so."""
-    s = dict(checkpoint["settings"])
-    if args.data:
-        s.update(data=args.data, data_dir=args.data_dir, val_from_train=0)
-    elif args.data_dir:
-        s["data_dir"] = args.data_dir
-    return s
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 from helpers import fails
 
 import data
-from data import COLOURS, CORNERS, HELD_OUT, PAIRS, RADII, SEEN, SHAPES, SPLITS, load
+from data import COLOURS, CORNERS, PAIRS, RADII, SEEN, SHAPES, SPLITS, UNSEEN, load
 
 # Reading a picture by its pixels alone
 
@@ -82,10 +82,10 @@ def test_held_out_pairs_are_in_no_training_scene():
             things += data.scene(0, split, i)[0]
         pairs[split] = {(thing.colour, thing.shape) for thing in things}
         assert len({(thing.size, thing.corner()) for thing in things}) == 8  # all there are
-    assert sorted(HELD_OUT + SEEN) == sorted(PAIRS)
-    assert sorted(shape for _, shape in HELD_OUT) == sorted(SHAPES)  # each shape lacks a colour
+    assert sorted(UNSEEN + SEEN) == sorted(PAIRS)
+    assert sorted(shape for _, shape in UNSEEN) == sorted(SHAPES)  # each shape lacks a colour
     assert pairs["train"] == pairs["val"] == set(SEEN)
-    assert pairs["zeroshot"] == set(HELD_OUT)  # control: the search finds them where they are
+    assert pairs["zeroshot"] == set(UNSEEN)  # control: the search finds them where they are
     assert pairs["labelled"] == pairs["labelled-val"] == set(PAIRS)
 
 
