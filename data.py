@@ -267,7 +267,7 @@ class Batches:
         self.tokens = tokenizer.encode(rows, text_len)                  # (texts, L)
         cut = sum(is_cut(text, text_len) for text in rows)
         if cut:
-            note(f"{cut} different captions cut to {text_len - 2} words")
+            note(f"{cut} captions cut to {text_len - 2} words")
         self.left_right = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
         self.epoch = None
 
