@@ -808,7 +808,7 @@ def captions_table(data_dir, part):
                 paths[name] = find_picture(name, known, subfolders)
             path = paths[name]
             captions[path] += row.captions
-            split = of_table or row.split or listed.get(name, "")
+            split = of_table or row.split or listed.get(posixpath.basename(name), "")
             if splits.setdefault(path, split) != split:
                 raise UserError(f"{table}: line {row.line}: {name} is in two splits, {split} and "
                                 f"{splits[path]}; take it out of one")
