@@ -221,12 +221,14 @@ def test_a_tables_own_splits_are_obeyed(tmp_path, splits, learned, tested):
 
 def test_the_lists_of_flickr8k_are_obeyed_if_both_are_there(tmp_path):
     make_pictures(tmp_path / "Flicker8k_Dataset")
-    write(tmp_path, "Flickr8k.token.txt", TOKENS)
+    write(tmp_path, "captions.txt", TOKENS)
     write(tmp_path, "Flickr_8k.trainImages.txt", "\r\n".join(NAMES[:14]))
     write(tmp_path, "Flickr_8k.devImages.txt", "\n".join(NAMES[14:16]))
     check_whole(tmp_path)  # control: only one of them
     write(tmp_path, "Flickr_8k.testImages.txt", "\n".join(NAMES[16:]) + "\n")
-    assert parts(tmp_path) == [set(NAMES[:14]), set(NAMES[16:])]
+    for table_of in (TOKENS, table(row="Flicker8k_Dataset/{name},{quoted}")):
+        write(tmp_path, "captions.txt", table_of)
+        assert parts(tmp_path) == [set(NAMES[:14]), set(NAMES[16:])]
 
 
 FLICKR8K = Path(__file__).parents[2] / "shared" / "data" / "flickr8k"
