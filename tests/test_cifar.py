@@ -134,8 +134,9 @@ def test_images_kept_apart_from_training_ones_need_no_others(tmp_path):
     (write_cifar(tmp_path) / "test_batch").unlink()
     assert len(load("cifar10", tmp_path, subset=7, val_from_train=5)) == 7
     val = load("cifar10", tmp_path, "val", subset=7, val_from_train=5).images
-    pixels = {image.tobytes() for image in val}
-    assert len(pixels) == 5 and pixels < {image.tobytes() for image in load("cifar10", tmp_path).images}
+    whole = load("cifar10", tmp_path).images
+    assert len(val) == 5
+    assert {image.tobytes() for image in val} < {image.tobytes() for image in whole}
     refused("test_batch", load, "cifar10", tmp_path, "val")  # control: it is not there
 
 
@@ -179,7 +180,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path, p
 
 BEGINNINGS = [  # opcodes before an otherwise good file: names, persistent ids, extensions, a buffer
     b"cos\nsystem\n", b"cbuiltins\neval\n", b"cnumpy\nload\n", b"cnumpyx\nndarray\n",
-    b"c_codecs\ndecode\n", b"\x8c\x05numpy\x8c\x0endarray.tofile\x93", b"\x8c\x03a\nb\x8c\x03c\nd\x93",
+    b"c_codecs\ndecode\n", b"\x8c\x05numpy\x8c\x0endarray.tofile\x93", b"\x8c\x03a\nb\x8c\x01c\x93",
     b"Pid\n", b"NQ", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"\x82\x02", b"\x97"]
 for name in ("numpy\ndtype", "numpy\nndarray", "numpy.core.multiarray\n_reconstruct",
              "numpy.core.numeric\n_frombuffer", "numpy.core.multiarray\nscalar", "_codecs\nencode"):
@@ -216,7 +217,7 @@ def test_sizes_that_a_file_only_claims_take_no_memory(tmp_path):
     tracemalloc.start()
     try:
         for claim in ({"shape": huge + b"M\x00\x0c\x86"}, {"shape": 3 * huge + b"\x87"},
-                      {"pixels": huge}, {"pixels": b"M\x00\x30"}):  # bytes(12288) are 4 * 3072 zeros
+                      {"pixels": huge}, {"pixels": b"M\x00\x30"}):  # bytes(12288) are zeros
             refused("batch: not a CIFAR file", read, tmp_path / "batch", of_python_2(**claim))
         assert tracemalloc.get_traced_memory()[1] < 2 ** 20
     finally:
@@ -245,7 +246,9 @@ def fuzz():
     batch = BATCH | {"data": np.full((4, 3072), 255, np.uint8)}
     files = [pickle.dumps(batch, protocol) for protocol in (0, 2, 4, 5)]
     files.append(of_python_2(pixels=PIXELS[:5] + batch["data"].tobytes()))
-    structure = [[i for i, byte in enumerate(file) if byte not in b"\xff\xc3\xbf"] for file in files]
+    structure = []  # where no pixels are
+    for file in files:
+        structure.append([i for i, byte in enumerate(file) if byte not in b"\xff\xc3\xbf"])
     whole = 0
     for i in range(2000):
         content = mutation(files[i % 5], structure[i % 5], rng)

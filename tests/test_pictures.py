@@ -1,4 +1,4 @@
-"""Pictures in files: decoded as a viewer shows them, kept in the cache, and skipped if unreadable."""
+"""Pictures in files: decoded as a viewer shows them, kept in the cache, skipped if unreadable."""
 import io
 import os
 import signal
@@ -223,8 +223,8 @@ def test_of_many_the_first_three_are_named_and_a_split_is_never_empty(tmp_path):
     names = load("captions", tmp_path, size=4).names
     for name in names[1:]:
         spoil(tmp_path / "Images" / name, "broken")
-    refused(f"16 of 17 .*/{names[1]}: .*/{names[2]}: .*/{names[3]}: [^;]*Too many", load, "captions",
-            tmp_path, size=4)
+    refused(f"16 of 17 .*/{names[1]}: .*/{names[2]}: .*/{names[3]}: [^;]*Too many", load,
+            "captions", tmp_path, size=4)
     spoil(tmp_path / "Images" / names[0], "missing")
     refused("1 of 1 pictures", load, "captions", tmp_path, "val", size=4, val_from_train=1)
 
