@@ -143,8 +143,8 @@ def ranks(queries, items, relevant):
     """For each query: how many wrong items have a cosine at least as large as its best right item.
     0 = a right item is first.
 
-    queries (n, E), items (N, E), relevant: for each query the list of its items -> n numbers,
-    infinite where a cosine is NaN.
+    queries (n, E), items (N, E), relevant: for each query the list of its items, each once -> n
+    numbers, infinite where a cosine is NaN.
     """
     found = []
     for start in range(0, len(queries), max(1, BLOCK // len(items))):
@@ -152,7 +152,7 @@ def ranks(queries, items, relevant):
         for row, right in zip(cosines, relevant[start:]):
             best = row[right].max()
             wrong = (row >= best).sum() - (row[right] >= best).sum()
-            found.append(math.inf if row.isnan().any() else wrong.item())
+            found.append(math.inf if row.max().isnan() else wrong.item())
     return found
 
 
@@ -223,7 +223,7 @@ def caption(model, tokenizer, images, **how):
 
 
 def tokenised(text):
-    """Text -> its words only: near COCO's Java tokeniser, which keeps "t-shirt" whole."""
+    """Text -> its words only, about as COCO's Java tokeniser has them."""
     return " ".join(word for word in words(text) if any(map(str.isalnum, word)))
 
 
@@ -320,7 +320,7 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
         return scores
 
     half = len(captions) // 2
-    chance = score(captions[half:] + captions[:half])
+    chance = score(captions[half:] + captions[:half] if half else [""])
     found = {name: (value, chance[name]) for name, value in score(captions).items()}
     found["distinct captions"] = len(set(captions)) / len(captions), 1 / len(captions)
     tokens = tokenizer.encode([text for texts in true for text in texts], model.config.text_len)
