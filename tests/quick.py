@@ -37,16 +37,21 @@ def make_small(patch):
     patch.setattr(train, "evaluate", evaluate)
 
 
-def run(out, command=""):
-    """Trains in the folder `out` -> the checkpoint. A step takes 10 ms."""
+def main(out, command=""):
+    """Trains in the folder `out`. A step takes 10 ms."""
     train.main(shlex.split(f"--subset 32 --batch-size 8 --device cpu --out {out} {command}"))
+
+
+def run(out, command=""):
+    """The same -> the checkpoint."""
+    main(out, command)
     return checkpoint_of(out)
 
 
 def end_of(out, command=""):
     """The same where it must end early -> the last words."""
     with pytest.raises((UserError, SystemExit)) as end:
-        run(out, command)
+        main(out, command)
     return str(end.value)
 
 
@@ -130,19 +135,20 @@ def own_images(folder):
     return f"--data captions --data-dir {folder} --subset 0 --image-size 32"
 
 
-def run_quietly(out, command, environment, log):
-    """In a process of its own; each step is saved."""
+def main_elsewhere(out, command, environment, log):
     os.environ.update(environment)
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     make_small(patch)
     slow_steps(patch)
-    with open(log, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
-        run(out, command)
+    with open(log, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        main(out, command)
 
 
 def start(out, command, log=os.devnull, **environment):
-    process = processes.Process(target=run_quietly, args=(out, command, environment, log))
+    """main in a process of its own, where each step is saved. log: a file for what it says."""
+    process = processes.Process(target=main_elsewhere, args=(out, command, environment, log))
     process.daemon = True
     process.start()
     return process

@@ -80,20 +80,20 @@ def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
     chance = random.Random(0)
     for how in ("", "--resume", "--resume", "--resume"):
         before = checkpoint.stat().st_mtime_ns if how else 0
-        process = quick.start(killed, f"--steps 40 {how}")
+        process = quick.start(killed, f"--steps 60 {how}")
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
             assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.05))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
     run(killed, "--resume")
-    run(whole, "--steps 40")
+    run(whole, "--steps 60")
     for path in killed.glob("*.tmp"):  # all that a kill can leave behind
         path.unlink()
     check_same(whole, killed)
-    check_whole(killed, 40)
+    check_whole(killed, 60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -191,18 +191,21 @@ def test_control_saves_that_are_thought_to_take_no_time_are_caught(monkeypatch, 
 
 
 @pytest.mark.parametrize("failing, name", [(3, "checkpoint"), (4, "metrics")])  # of the writes
+@pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
-def test_a_full_disk_or_a_stop_leaves_whole_files_to_go_on_from(error, failing, name, whole, cut,
-                                                               monkeypatch):
-    def full(file):
-        calls.append(file)
+def test_a_full_disk_or_a_stop_leaves_whole_files_to_go_on_from(error, function, failing, name,
+                                                               whole, cut, monkeypatch):
+    def full(*args):
+        calls.append(args)
         if len(calls) == failing:
             assert (cut / f"{name}.{os.getpid()}.tmp").exists()  # two runs have two numbers
             raise error
+        return real(*args)
 
     calls = []
+    real = getattr(os, function)
     with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)) as end:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, function, full)
         run(cut, "--resume")
     assert re.fullmatch("|.* cannot be written .full.; the one before is untouched", str(end.value))
     assert len(quick.rows_of(cut)) == 3 and len([*cut.iterdir()]) == 2
