@@ -158,7 +158,9 @@ class TwoMLPBlock(coca.Block):
     def forward(self, x, context, mask=None, cache=None):
         """x (B, L, D), context (B, Q, D), mask (L, L) of the self-attention -> (B, L, D)."""
         x = super().forward(x, mask=mask, cache=cache)  # self-attention and the first MLP
-        x = x + self.cross_attention(self.cross_norm(x), self.context_norm(context), cache=cache)
+        if not cache or self.cross_attention not in cache:  # else its keys and values are known
+            context = self.context_norm(context)                        # (B, Q, D)
+        x = x + self.cross_attention(self.cross_norm(x), context, cache=cache)
         return x + self.cross_mlp(self.cross_mlp_norm(x))
 
 
@@ -339,8 +341,8 @@ def load_open_clip(path, correct_mask=False):
     tensors = read_tensors(path)
     kind = kind_of(tensors)
     if kind:
-        raise UserError(f"{path}: this seems to be {kind}, not a CoCa of open_clip; {HELP} names "
-                        "those")
+        raise UserError(f"{path}: this seems to be {kind}, but a CoCa as the public ones is needed; "
+                        f"{HELP} names them")
     try:
         state = convert(tensors)
         with torch.device("meta"):  # no memory, no random numbers: all is replaced
@@ -469,6 +471,8 @@ def parse_args(argv=None):
     check_image_flags(p, args)
     if not args.image and not args.data:
         p.error("--image FILE or --data NAME is needed, to say what to look at")
+    if args.data not in (None, "shapes") and not args.data_dir:
+        p.error(f"--data {args.data} needs --data-dir, the folder of its files")
     return args
 
 

@@ -522,7 +522,7 @@ def test_evaluation_is_that_of_eval(file, pictures, capsys, tmp_path):
     assert "zero-shot left out" in err
 
 
-@pytest.mark.parametrize("flags", [[], ["--labels", "a", "b"],
+@pytest.mark.parametrize("flags", [[], ["--labels", "a", "b"], ["--data", "coco"],
                                    ["--data", "coco", "--image", "a.png"]])
 def test_flags_that_do_not_fit_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
