@@ -937,7 +937,7 @@ def column_rows(text):
         for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
             if name.strip() in names or name.strip().endswith(endings):
                 raise ValueError(f"line {line}: a quote is opened here and closed behind "
-                                 f"{name.strip()}; double it or take it out")
+                                 f"{name.strip()}")
 
 
 def find_picture(name, known, subfolders):
