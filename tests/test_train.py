@@ -100,13 +100,19 @@ def test_of_defaults_data_config_checkpoint_and_flags_the_later_wins(shelf, monk
 
 
 def test_what_changes_no_result_may_change_on_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    recompute = mock.Mock()
+    compile = mock.Mock(side_effect=lambda function: function)
+    monkeypatch.setattr(CoCa, "recompute_activations", recompute)
+    monkeypatch.setattr(torch, "compile", compile)
     run(tmp_path, "--steps 1 --accum 2 --grad-checkpoint --compile")
-    resumed = f"--resume --out {tmp_path}"
-    check_settings(resumed, accum=2, grad_checkpoint=True, compile=True, save_every=30)
-    check_settings(f"{resumed} --accum 1 --no-grad-checkpoint --no-compile --save-every 7 --steps 1 "
-                   "--data-dir /d", accum=1, grad_checkpoint=False, compile=False, save_every=7,
-                   data_dir="/d")
+    assert recompute.call_count == 1 and compile.call_count == 3
+    kept = f"--resume --out {tmp_path}"
+    check_settings(kept, accum=2, grad_checkpoint=True, compile=True, save_every=30, data_dir=None)
+    other = "--accum 1 --no-grad-checkpoint --no-compile --save-every 7 --data-dir /d"
+    check_settings(f"{kept} {other} --steps 1", accum=1, grad_checkpoint=False, compile=False,
+                   save_every=7, data_dir="/d")
+    run(tmp_path, f"--resume {other}")
+    assert recompute.call_count == 1 and compile.call_count == 3
 
 
 def test_what_the_data_change():
@@ -325,7 +331,7 @@ def test_checkpoints_are_read_on_the_cpu_and_no_float64_leaves_it(go, tmp_path, 
     def to(tensor, *args, **how):
         if "cpu:0" in map(str, [*args, *how.values()]):
             assert tensor.dtype != torch.float64
-            arrived.append(type(tensor))
+            arrived.append(tensor)
         return tensor_to(tensor, *args, **how)
 
     arrived = []
@@ -336,7 +342,10 @@ def test_checkpoints_are_read_on_the_cpu_and_no_float64_leaves_it(go, tmp_path, 
     monkeypatch.setattr(train, "pick_device", lambda name: "cpu:0")
     go()
     train.main(f"--resume --out {tmp_path}/run1".split())
-    assert arrived.count(torch.nn.Parameter) == 2 * len([*CoCa(SMALL).parameters()])
+    parameters = [tensor for tensor in arrived if isinstance(tensor, torch.nn.Parameter)]
+    assert len(parameters) == 2 * len([*CoCa(SMALL).parameters()])
+    kinds = [tensor.dtype for tensor in arrived]  # 2 batches to learn from, 2 x 2 to validate
+    assert kinds.count(torch.uint8) == kinds.count(torch.int64) == 6
     with fails:  # control
         torch.zeros(1, dtype=torch.float64).to("cpu:0")
 
@@ -538,6 +547,9 @@ def test_validation_losses_are_a_mean_over_whole_batches_of_at_most_500_images()
     check_validation(600, 500, 1)
     with fails:  # control: one batch too few
         check_validation(600, 120, 3)
+    bfloat16 = torch.autocast("cpu", torch.bfloat16)
+    with fails, mock.patch.object(train, "half_precision", lambda device: bfloat16):
+        check_validation(13, 4, 3)  # it is as training is
 
 
 # Processes, compilation
@@ -569,18 +581,18 @@ def test_two_processes_train_as_one_does(tmp_path):
         port = str(free.getsockname()[1])
     variables = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     processes = []
-    for rank in "01":
-        processes.append(quick.start(tmp_path / f"two{rank}", parts, tmp_path / f"said{rank}",
-                                     RANK=rank, **variables))
+    for rank, out in enumerate(["two", "own"]):
+        processes.append(quick.start(tmp_path / out, parts, tmp_path / f"said{rank}",
+                                     RANK=str(rank), **variables))
     one = run(tmp_path / "one", own)
     other = run(tmp_path / "other", f"{own} --seed 1")
     for process in processes:
         process.join(100)
         assert process.exitcode == 0
     assert (tmp_path / "said0").read_text() and not (tmp_path / "said1").read_text()
-    quick.check_whole(tmp_path / "two0", 3)
-    assert not (tmp_path / "two1").exists()
-    losses = quick.checkpoint_of(tmp_path / "two0")["metrics"][:, :5]
+    quick.check_whole(tmp_path / "two", 3)
+    assert not (tmp_path / "own" / "checkpoint.pt").exists()
+    losses = quick.checkpoint_of(tmp_path / "two")["metrics"][:, :5]
     torch.testing.assert_close(losses, one["metrics"][:, :5], rtol=1e-4, atol=0)
     with fails:  # control
         torch.testing.assert_close(losses, other["metrics"][:, :5], rtol=1e-4, atol=0)
