@@ -106,7 +106,8 @@ def test_a_signal_saves_and_ends_with_the_command_that_goes_on(step, number, tmp
         assert end_of(shlex.quote(str(out)), "--steps 4") == str(128 + number)
     check_whole(out, step)
     said = capsys.readouterr().out.splitlines()[-1]
-    go_on = re.fullmatch(f"stopped after step {step}, saved; go on with: python train.py (.+)", said)
+    wanted = f"stopped after step {step}, saved; go on with: python train.py (.+)"
+    go_on = re.fullmatch(wanted, said)
     train.main(shlex.split(go_on[1]))
     check_whole(out, 4)
 

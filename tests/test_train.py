@@ -38,7 +38,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """A folder with a run of two steps, that has sizes and weights of its own, and what is no run."""
+    """A folder: a run of two steps with sizes and loss weights of its own; and what is no run."""
     shelf = tmp_path_factory.mktemp("shelf")
     with pytest.MonkeyPatch.context() as patch:
         quick.make_small(patch)
@@ -178,7 +178,8 @@ for name in ("code", "sizes", "list", "short"):
     REFUSED.append((f"--out new --init {name}/checkpoint.pt", "not a checkpoint"))
     REFUSED.append((f"--out {name} --resume", "not a checkpoint"))
 for flag in ("--lr 1", "--steps 8", "--seed 1", "--batch-size 4", "--subset 3", "--data cifar10",
-             "--val-from-train 3", "--config base", "--init x", "--fresh encoder", "--train encoder",
+             "--val-from-train 3", "--config base", "--init x", "--fresh encoder",
+             "--train encoder",
              "--lambda-con 3", "--lambda-cap 2", "--pooler cascade", "--n-query 2", "--n-uni 2",
              "--n-multi 2", "--encoder-layers 2", "--image-size 64", "--dedup"):
     name = flag.split()[0]
@@ -258,7 +259,7 @@ def test_the_seed_is_that_of_scenes_weights_and_the_order_of_batches(go, tmp_pat
         assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_a_subset_and_what_is_kept_apart_are_different_images_and_evaluated_is_what_was_kept(tmp_path):
+def test_a_subset_and_what_is_kept_apart_are_different_images_and_those_are_evaluated(tmp_path):
     command = f"{quick.own_images(tmp_path / 'own')} --val-from-train 5 --subset 9"
     data, val = data_of(command)
     assert len({*data.names}) == 9 and len({*val.names} - {*data.names}) == 5
