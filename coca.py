@@ -79,10 +79,10 @@ class CoCaConfig:
     n_uni: int = 2  # unimodal decoder layers | 12
     n_multi: int = 2  # multimodal decoder layers | 12
     decoder_mlp: int = 512  # hidden units of the decoder's MLPs | 3072
-    n_query: int = 16  # Q, of the generative pooler; 0 = there is none, all read the image tokens | 256
+    n_query: int = 16  # Q, of the generative pooler; 0 = none: all read the image tokens | 256
     pooler: str = "cascade"  # the contrastive pooler reads the generative one's; or "parallel"
     vocab_size: int = 4096  # V, with the four special tokens | 64,000
-    text_len: int = 32  # longest text in tokens, BEGIN and END included, [CLS] not | not stated, 64 here
+    text_len: int = 32  # longest text in tokens, with BEGIN and END, without [CLS] | (64 here)
     lambda_con: float = 1.0  # weight of Eq. (2) in Eq. (4); 0 = an image captioner | 1
     lambda_cap: float = 2.0  # weight of Eq. (3) in Eq. (4); 0 = a dual encoder like CLIP | 2
 
@@ -193,8 +193,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x, context=None, cache=None):
-        """-> k and v (B, H, Lk, d). cache: a dict {layer: (k, v)}, in generation. Those of the image
-        are computed in the first call and kept. Those of a new token are added to those before it.
+        """-> k and v (B, H, Lk, d). cache: a dict {layer: (k, v)}, in generation. Those of the
+        image are computed in the first call and kept. Those of a new token are added to the rest.
         """
         cache = {} if cache is None else cache
         known = cache.get(self)
@@ -338,7 +338,7 @@ class UnimodalDecoder(nn.Module):
         return states, F.normalize(cls, dim=-1)
 
     def extend(self, token, place, cache):
-        """The next token (B, 1) -> its state (B, 1, D), in generation. No [CLS]: no token sees it."""
+        """In generation: the next token (B, 1) -> its state (B, 1, D). No token sees [CLS]."""
         x = self.token(token) + self.position[place]                    # (B, 1, D)
         for block in self.blocks:
             x = block(x, cache=cache)
@@ -459,7 +459,7 @@ class CoCa(nn.Module):
     @property
     def temperature(self):
         """sigma of Eq. (2), learned. After each step train.train moves the parameter back, so that
-        sigma is in [0.01, 1]. Nothing is clamped here: at a bound the gradient can lead back inside.
+        sigma is in [0.01, 1]. Nothing is clamped here: the gradient at a bound can lead back inside.
         """
         return self.log_temperature.exp()
 
@@ -516,16 +516,18 @@ class CoCa(nn.Module):
         return self.multimodal(states, image_context)
 
     @torch.no_grad()
-    def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, top_p=1.0,
+                 generator=None):
         """Captions of images (B, 3, S, S) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
-        temperature (not sigma) 0 is greedy; else sample from softmax(logits / temperature), among the top_k
-        likeliest tokens only (0 = all) and the fewest that hold a share top_p of the probability.
+        temperature (not sigma) 0 is greedy; else sample from softmax(logits / temperature), among
+        the top_k likeliest tokens only (0 = all) and the fewest that hold a share top_p of the
+        probability.
         """
         max_len = min(max_len, self.config.text_len)
         if not (max_len >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-            raise ValueError("max_len must be at least 1, temperature and top_k at least 0, top_p in "
-                             f"(0, 1], not {max_len}, {temperature}, {top_k}, {top_p}")
+            raise ValueError("max_len must be at least 1, temperature and top_k at least 0, top_p "
+                             f"in (0, 1], not {max_len}, {temperature}, {top_k}, {top_p}")
         image_context, _ = self.pool_image(images)                      # (B, Q, D)
         tokens = torch.full((len(images), max_len), PAD, device=images.device)
         tokens[:, 0] = BEGIN

@@ -2,7 +2,7 @@
 
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
-    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ... (or 2014)
+    load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ...
     load("captions", "DIR")       a table of captions and its pictures, see captions_table
 
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
@@ -80,7 +80,8 @@ def new_file(path):
     except FileExistsError:
         raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
     except OSError as e:
-        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give another") from None
+        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give "
+                                         "another") from None
     return path
 
 
@@ -225,7 +226,7 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens):
-        """tokens (L,) -> text up to END, readable: no blanks before punctuation, 's and the like."""
+        """tokens (L,) -> text up to END, without blanks before punctuation, 's and the like."""
         found = []
         for i in map(int, tokens):
             if i == END:
@@ -268,7 +269,8 @@ class Batches:
         cut = sum(is_cut(text, text_len) for text in rows)
         if cut:
             note(f"{cut} captions cut to {text_len - 2} words")
-        self.left_right = torch.tensor([tokenizer.index.get(word, -1) for word in ("left", "right")])
+        left_right = [tokenizer.index.get(word, -1) for word in ("left", "right")]
+        self.left_right = torch.tensor(left_right)
         self.epoch = None
 
     def __call__(self, step):
@@ -470,8 +472,8 @@ def encode(text, encoding):
     return text.encode("latin1")
 
 
-# For what numpy 1 and 2 write of arrays and integers, and Python of bytes. (__call__: a pickle could
-# set attributes of a function, but not of a method)
+# For what numpy 1 and 2 write of arrays and integers, and Python of bytes. (__call__: a pickle
+# could set attributes of a function, but not of a method)
 STAND_INS = {
     "dtype": PickledType,
     "ndarray": PickledArray,
@@ -509,8 +511,8 @@ def read_cifar(path, key, classes=()):
             raise ValueError(f"labels other than 0 to {len(classes) - 1}")
         return labels, images.reshape(-1, 3, 32, 32)
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run again "
-                        "with --download") from None
+        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run "
+                        "again with --download") from None
 
 
 def cifar(name, data_dir, part, size, download):
@@ -523,7 +525,8 @@ def cifar(name, data_dir, part, size, download):
     files = [root / file for file in kind[part]]
     found = [path for path in files if path.is_file()]
     if not found:
-        raise UserError(f"{files[0]}: no such file; give its folder as --data-dir, or add --download")
+        raise UserError(f"{files[0]}: no such file; give its folder as --data-dir, or add "
+                        "--download")
     if len(found) < len(files):
         note(f"{len(found)} of {len(files)} {part} batches of {name} are in {root}; using those")
     classes = read_cifar(root / kind["meta"], kind["names"])
@@ -557,7 +560,7 @@ def fetch(url, md5, folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
-            torch.hub.download_url_to_file(url, str(archive))  # under another name until it is whole
+            torch.hub.download_url_to_file(url, str(archive))  # renamed when it is whole
         if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
             raise OSError(f"its md5 is not {md5}")
         with tarfile.open(archive) as tar:
@@ -660,7 +663,8 @@ def decode_into(file, paths, rows, size, states, name):
     with open(file, "r+b") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
         images = pool.map(decode, rows)  # Pillow releases Python's lock
         try:
-            for i, image in zip(rows.tolist(), tqdm(images, f"decoding {name}", len(rows), leave=False)):
+            images = tqdm(images, f"decoding {name}", len(rows), leave=False)
+            for i, image in zip(rows.tolist(), images):
                 states[i] = BROKEN
                 if image is not None:
                     f.seek(i * image.size)
@@ -697,7 +701,8 @@ def captioned_images(captions, pick_rows, size, name, source):
         missing = np.setdiff1d(rows, good)
     if len(missing):
         reasons = "; ".join(why_broken(paths[i], size) for i in missing[:3])
-        text = f"{source}: {len(missing)} of {len(rows)} pictures cannot be read, as these: {reasons}"
+        text = (f"{source}: {len(missing)} of {len(rows)} pictures cannot be read, as these: "
+                f"{reasons}")
         if len(missing) > allowed:
             raise UserError(f"{text}. Too many: put them back, or take them out of the table")
         note(f"{text}; skipped")
@@ -731,7 +736,7 @@ def one_error(path):
         yield
     except UnicodeError as e:
         raise UserError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         what = e if isinstance(e, ValueError) else repr(e)
         raise UserError(f"{path}: {what!s:.300}; mend it, or get it again") from None
 
@@ -746,8 +751,9 @@ def coco(data_dir, part):
                   f"train{year}", f"val{year}"]
         if all((data_dir / name).exists() for name in wanted):
             return coco_captions(source, data_dir / f"{part}{year}"), source
-    raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017.json, "
-                    "annotations/captions_val2017.json, train2017/ and val2017/ (or all of 2014)")
+    raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017"
+                    ".json, annotations/captions_val2017.json, train2017/ and val2017/ (or all of "
+                    "2014)")
 
 
 def coco_captions(source, folder):
@@ -755,7 +761,9 @@ def coco_captions(source, folder):
     unlisted = 0
     with one_error(source):
         content = json.loads(read_text(source))
-        paths = {image["id"]: os.path.join(folder, image["file_name"]) for image in content["images"]}
+        paths = {}
+        for image in content["images"]:
+            paths[image["id"]] = os.path.join(folder, image["file_name"])
         for annotation in content["annotations"]:
             if annotation["image_id"] in paths:
                 captions[paths[annotation["image_id"]]].append((annotation["caption"] or "") + "")
@@ -819,8 +827,8 @@ def captions_table(data_dir, part):
         tested = {paths[name] for name in held_out(paths)}
         learned = captions.keys() - tested
     if not learned or not tested:
-        raise UserError(f"{table}: {len(learned)} pictures to learn from and {len(tested)} to evaluate "
-                        "on; give at least one of each")
+        raise UserError(f"{table}: {len(learned)} pictures to learn from and {len(tested)} to "
+                        "evaluate on; give at least one of each")
     return {path: captions[path] for path in (learned if part == "train" else tested)}, table
 
 
@@ -908,12 +916,14 @@ def column_rows(text):
     pictures = [header.index(name) for name in PICTURE_COLUMNS if name in header]
     kind = next((name for name in CAPTION_COLUMNS if name in header), None)
     if not pictures or not kind:
-        raise ValueError(f"line 1: must name the columns, such as image,caption, not {header!s:.80}")
+        raise ValueError("line 1: must name the columns, such as image,caption, not "
+                         f"{header!s:.80}")
     names = set()
     broken = []  # cells with a line break
     for line, cells in rows:
         if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
-            cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")  # Flickr30k has such a row
+            # Flickr30k has one row that lacks its second bar
+            cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")
         if len(cells) != len(header):
             raise ValueError(f"line {line}: {len(cells)} cells, but {len(header)} columns; quote "
                              f"captions that hold {delimiter!r} or a line break")
@@ -955,8 +965,8 @@ def find_picture(name, known, subfolders):
 def held_out(names):
     """About one name in ten for evaluation, at least one, by a hash of it.
 
-    Of the name below the folder that all have in common. So moving that folder changes no split, and
-    a new file there changes the split of no old one. (If no hash was small enough, one name was
+    Of the name below the folder that all have in common. So moving that folder changes no split,
+    and a new file there changes the split of no old one. (If no hash was small enough, one name was
     chosen all the same; a new file may replace it.)
     """
     try:
@@ -974,7 +984,7 @@ def held_out(names):
 # ------------------------------------------------------------------------------------------------
 # De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
 
-THRESHOLD = 0.955  # of the cosine of two thumbnails; python -m experiments.dedup --measure shows why
+THRESHOLD = 0.955  # of two thumbnails' cosine; see python -m experiments.dedup --measure
 
 
 def thumbnails(images):

@@ -85,7 +85,8 @@ def load_split(model, s, split):
 
 def need_embeddings(model):
     if not model.config.lambda_con:
-        raise UserError("the checkpoint was trained with --lambda-con 0, its embeddings mean nothing")
+        raise UserError("the checkpoint was trained with --lambda-con 0, its embeddings mean "
+                        "nothing")
 
 
 def need_classes(s):
@@ -157,7 +158,7 @@ def ranks(queries, items, relevant):
 
 
 def recall(queries, items, relevant, ks=(1, 5, 10)):
-    """Arguments as for ranks -> {K: (share of queries with a right item among K, that by chance)}."""
+    """As for ranks -> {K: (share of queries with a right item among the K nearest, by chance)}."""
     places = ranks(queries, items, relevant)
     sizes = Counter(len(right) for right in relevant)
     N = len(items)
@@ -400,11 +401,11 @@ class Learner(nn.Module):
 
 @torch.no_grad()
 def run_in_parts(function, inputs, device):
-    """function(*inputs), 256 rows at a time -> a list of what it gives."""
+    """function(*inputs) -> a tuple of tensors, taken 256 rows at a time and put together again."""
     outputs = []
     for part in zip(*(t.split(256) for t in inputs)):
         outputs.append(function(*(t.to(device) for t in part)))
-    return outputs
+    return [torch.cat(parts) for parts in zip(*outputs)]
 
 
 @torch.enable_grad()
@@ -430,8 +431,8 @@ def transfer(model, read, classifier, train, test, recipe, what):
         def features(*inputs):
             return read(model, *inputs)
 
-        inputs = [torch.cat(parts) for parts in zip(*run_in_parts(features, inputs, device))]
-        test_inputs = [torch.cat(parts) for parts in zip(*run_in_parts(features, test_inputs, device))]
+        inputs = run_in_parts(features, inputs, device)
+        test_inputs = run_in_parts(features, test_inputs, device)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
 
     def schedule(t):  # warm-up, then a cosine to zero
@@ -454,8 +455,12 @@ def transfer(model, read, classifier, train, test, recipe, what):
         optimizer.step()
         scheduler.step()
         average.update_parameters(learner)
-    logits = torch.cat(run_in_parts(average, test_inputs, device)).cpu()
-    return (logits.argmax(1) == test_labels).float().mean().item()
+
+    def predict(*inputs):
+        return (average(*inputs).argmax(1),)
+
+    predicted, = run_in_parts(predict, test_inputs, device)
+    return (predicted.cpu() == test_labels).float().mean().item()
 
 
 def new_classifier(model, s, data, **how):
@@ -535,7 +540,7 @@ def as_text(what, value):
 
 
 def check_texts(texts, model, tokenizer):
-    """UserError if a text has no known word, or two have the same tokens; a note of unknown words."""
+    """UserError if a text has no known word or two have the same tokens. Notes unknown words."""
     need_embeddings(model)
     rows = tokenizer.encode(texts, model.config.text_len).tolist()
     for i, text in enumerate(texts):
@@ -579,7 +584,7 @@ def ranked(queries, answers, values):
 
 
 def own_images(args, model, tokenizer):
-    """Prints captions, labels or search results for args.image -> images (N, 3, S, S) uint8, scores."""
+    """Prints captions, labels or search results -> args.image (N, 3, S, S) uint8, scores."""
     for texts in (args.labels, args.find):
         if texts:
             check_texts(texts, model, tokenizer)
@@ -611,7 +616,8 @@ def add_common_flags(p):
     p.add_argument("--data", choices=NAMES, help="default: what it was trained on")
     p.add_argument("--data-dir", help="folder of the data (default: as in training)")
     p.add_argument("--json", metavar="FILE", type=new_file, help="also write the scores there")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--device", default="auto",
+                   help="cuda, mps or cpu (default: the first there is)")
 
 
 def add_image_flags(p):
@@ -682,8 +688,8 @@ FORMAT = 2  # of a checkpoint; goes up when older ones can no longer be read
 
 
 def load_checkpoint(path):
-    """-> model on the CPU, tokenizer, the whole checkpoint: train.save wrote it, and says what is in
-    it. Plain types only: loading runs no code.
+    """-> model on the CPU, tokenizer, the whole checkpoint: train.save wrote it, and says what is
+    in it. Plain types only: loading runs no code.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; python train.py makes one")

@@ -101,7 +101,7 @@ def parse_args(argv=None):
     flag("--subset", type=at_least(0), default=0, help="that many training images, 0 = all")
     flag("--val-from-train", type=at_least(0), default=0, metavar="N",
          help="tuning: evaluate on N training images, kept apart")
-    flag("--dedup", action="store_true", help="leave out near-copies of evaluation images, Sec. 4.1")
+    flag("--dedup", action="store_true", help="no near-copies of evaluation images, Sec. 4.1")
     flag("--config", choices=CONFIGS, help="sizes of Table 1 instead of the data's")
     flag("--init", type=os.path.abspath, help="start from this checkpoint's sizes, vocabulary and "
          "weights; positions are interpolated to --image-size")
@@ -182,8 +182,8 @@ def train(model, optimizer, batches, s, start=0, rank=0, world=1):
         norm = clip_grad_norm_(model.parameters(), 1.0)  # Tables 9, 10; not stated for pretraining
         con, cap, norm = torch.stack([con, cap, norm]).tolist()
         if not math.isfinite(con + cap + norm):
-            raise UserError(f"step {step + 1}: loss_con is {con}, loss_cap {cap}, the gradient's norm "
-                            f"{norm}; try a smaller --lr (what is saved is from before)")
+            raise UserError(f"step {step + 1}: loss_con is {con}, loss_cap {cap}, the gradient's "
+                            f"norm {norm}; try a smaller --lr (what is saved is from before)")
         yield step, con, cap
         optimizer.step()
         with torch.no_grad():
@@ -301,7 +301,7 @@ def check_flags(p, given):
 def check_settings(p, s, source):
     """What is wrong with the settings as a whole, before the data are read."""
     if s.download and s.data not in CIFAR:
-        p.error("--download fetches CIFAR only; get other data yourself, and name them by --data-dir")
+        p.error("--download fetches CIFAR only; get other data yourself, and give --data-dir")
     if s.resume:
         for name, saved in source[2]["settings"].items():
             if getattr(s, name) != saved and name not in MAY_CHANGE:
@@ -343,8 +343,8 @@ def join_processes(s):
         backend = "nccl"
         count = torch.cuda.device_count()
         if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
-            raise UserError(f"{count} GPUs for more processes of this machine; start {count} at most, "
-                            "or add --device cuda:0 to share one")
+            raise UserError(f"{count} GPUs for more processes of this machine; start {count} at "
+                            "most, or add --device cuda:0 to share one")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)
     if world > 1:
@@ -448,7 +448,7 @@ def new_model(s, data, source=None):
 
 
 def resize_positions(position, wanted):
-    """Learned positions (P, D) interpolated to the grid of the wanted (P', D): 576 pixels after 288."""
+    """Learned positions (P, D), interpolated to the grid of the wanted (P', D)."""
     side = math.isqrt(len(position))
     grid = math.isqrt(len(wanted))
     square = position.T.unflatten(1, (side, side))                      # (D, side, side)
@@ -646,8 +646,8 @@ def save(s, model, tokenizer, optimizer, val, rows):
     if rows:
         rows[-1][-2:] = validate(s, model, tokenizer, val)
         if not all(map(math.isfinite, rows[-1])):
-            raise UserError(f"step {len(rows)}: validation losses {rows[-1][-2:]}; try a smaller --lr "
-                            "(what is saved is from before)")
+            raise UserError(f"step {len(rows)}: validation losses {rows[-1][-2:]}; try a smaller "
+                            "--lr (what is saved is from before)")
     settings = {name: value for name, value in vars(s).items() if name not in NOT_KEPT}
     metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(METRICS))
     checkpoint = dict(format=FORMAT, config=asdict(model.config), vocabulary=tokenizer.words,
@@ -684,7 +684,7 @@ def validate(s, model, tokenizer, val):
 
 
 def replace_file(path, content):
-    """Writes bytes into a file beside path that then takes its place: there is never half a file."""
+    """Writes bytes into a file beside path that then takes its place: never half a file."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -693,7 +693,8 @@ def replace_file(path, content):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); the one before is untouched") from None
+        raise UserError(f"{path}: cannot be written ({e.strerror}); the one before is "
+                        "untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 
