@@ -592,15 +592,16 @@ def run_folder(s, rank):
             raise FileExistsError(0, "it is not empty")
         open(folder / "metrics.csv", "x").close()  # only one of two runs can make it
     except OSError as e:
-        raise UserError(f"{s.out}: no place for a new run ({e.strerror}); give another --out, or "
-                        "--resume the run that is there") from None
+        raise UserError(f"{s.out or 'runs'}: no place for a new run ({e.strerror}); give another "
+                        "--out, or --resume the run that is there") from None
     try:
         yield
     finally:
         if not (folder / "checkpoint.pt").exists():
-            (folder / "metrics.csv").unlink()
-            if made:
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # somebody may have been there
+                (folder / "metrics.csv").unlink()
+                if made:
+                    folder.rmdir()
 
 
 def free_folder(data):
@@ -623,17 +624,20 @@ def noted_signals(world):
     asked = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def note_it(number, frame):
         asked.append(number)
-        signal.signal(number, before[number])
+        restore()
 
     for number in before if world == 1 else ():
         signal.signal(number, note_it)
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def save(s, model, tokenizer, optimizer, val, rows):
