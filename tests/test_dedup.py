@@ -103,6 +103,18 @@ def test_training_leaves_duplicates_out(monkeypatch):
     assert sizes[0] == 32 and sizes[1] <= 32 - 5
 
 
+@pytest.mark.parametrize("augment", [True, False])
+def test_training_counts_mirror_images_where_it_shows_them(augment, monkeypatch):
+    def mirrored(name, where, split, **named):
+        images = pictures(0, 5)[:4] if split == "val" else pictures(0, 5)[..., ::-1].copy()
+        return Dataset(images, [["a"]] * len(images), augment=augment)
+
+    monkeypatch.setattr(train, "load", mirrored)
+    s, _ = train.parse_args(["--dedup"])
+    data, _ = train.load_data(s, 0)
+    assert (len(data) < 5) == augment
+
+
 # The command
 
 

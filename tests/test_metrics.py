@@ -185,6 +185,13 @@ def test_chance_is_what_captions_score_on_an_image_half_the_set_away(monkeypatch
         assert found["CIDEr-D"][1] == cider_d(written[1:] + written[:1], true)
 
 
+def test_of_one_image_the_table_says_that_cider_is_0_and_chance_is_an_empty_caption(monkeypatch):
+    found = captioned(monkeypatch, ["a b"], [["a b"]])
+    assert found["CIDEr-D (of one image always 0)"] == (0, 0)
+    assert found["captions exactly right"] == (1, 0)
+    assert "CIDEr-D" in captioned(monkeypatch, ["a", "b"], [["a"], ["b"]])  # control: of two
+
+
 def test_a_thousand_images_are_captioned(monkeypatch):
     found = captioned(monkeypatch, ["a"] * 999 + ["b"] * 201, [["a"]] * 1200)
     assert found["captions exactly right"][0] == 0.999
