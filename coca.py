@@ -196,7 +196,8 @@ class Attention(nn.Module):
         """-> k and v (B, H, Lk, d). cache: a dict {layer: (k, v)}, in generation. Those of the
         image are computed in the first call and kept. Those of a new token are added to the rest.
         """
-        cache = {} if cache is None else cache
+        if cache is None:
+            cache = {}
         known = cache.get(self)
         if known and context is not None:
             return known

@@ -107,10 +107,13 @@ class Dataset:
 
 def select(data, rows):
     """Dataset of these images only."""
-    captions = [data.captions[i] for i in rows]
-    labels = None if data.labels is None else data.labels[rows]
-    return dataclasses.replace(data, images=data.images[rows], captions=captions, labels=labels,
-                               names=[data.names[i] for i in rows] if data.names else [])
+    chosen = dataclasses.replace(data, images=data.images[rows],
+                                 captions=[data.captions[i] for i in rows])
+    if data.labels is not None:
+        chosen.labels = data.labels[rows]
+    if data.names:
+        chosen.names = [data.names[i] for i in rows]
+    return chosen
 
 
 def fingerprint(data):
@@ -160,8 +163,9 @@ def pick(count, split, subset, val_from_train):
                         "ask for fewer")
     if val_from_train:
         order = np.random.default_rng(1).permutation(count)
-        learned_from = split in ("train", "labelled")
-        rows = np.sort(order[val_from_train:] if learned_from else order[:val_from_train])
+        rows = np.sort(order[:val_from_train])
+        if split in ("train", "labelled"):
+            rows = np.sort(order[val_from_train:])
     if subset and split == "train":
         if subset > len(rows):
             raise UserError(f"--subset {subset}, but there are {len(rows)} images; ask for fewer")
@@ -829,7 +833,10 @@ def captions_table(data_dir, part):
     if not learned or not tested:
         raise UserError(f"{table}: {len(learned)} pictures to learn from and {len(tested)} to "
                         "evaluate on; give at least one of each")
-    return {path: captions[path] for path in (learned if part == "train" else tested)}, table
+    chosen = tested
+    if part == "train":
+        chosen = learned
+    return {path: captions[path] for path in chosen}, table
 
 
 def find_tables(data_dir):
@@ -959,7 +966,9 @@ def find_picture(name, known, subfolders):
         if os.path.isfile(path):
             return path
     holders = [folder for folder in subfolders if os.path.isfile(os.path.join(folder, name))]
-    return os.path.join(holders[0] if len(holders) == 1 else known[0], name)
+    if len(holders) == 1:
+        return os.path.join(holders[0], name)
+    return os.path.join(known[0], name)  # it is missing there
 
 
 def held_out(names):

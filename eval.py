@@ -347,7 +347,9 @@ class Classifier(nn.Module):
 
     def __init__(self, width, heads, classes, pooled=True):
         super().__init__()
-        self.pooler = AttentionalPooler(width, heads, 1) if pooled else None
+        self.pooler = None
+        if pooled:
+            self.pooler = AttentionalPooler(width, heads, 1)
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens, mask=None):
@@ -675,7 +677,9 @@ def main(argv=None):
     if args.image:
         _, scores = own_images(args, model, tokenizer)
     else:
-        tasks = TASKS if args.task else DEFAULT_TASKS
+        tasks = DEFAULT_TASKS
+        if args.task:
+            tasks = TASKS
         scores = evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint)
     if args.json:
         write_new(args.json, json.dumps(scores, indent=1))
@@ -713,7 +717,9 @@ def pick_device(name):
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            return "mps"
+        return "cpu"
     try:
         torch.zeros(1, device=name).cpu()
     except Exception as e:  # each device raises a kind of its own

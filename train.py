@@ -632,8 +632,9 @@ def noted_signals(world):
         asked.append(number)
         restore()
 
-    for number in before if world == 1 else ():
-        signal.signal(number, note_it)
+    if world == 1:
+        for number in before:
+            signal.signal(number, note_it)
     try:
         yield asked
     finally:
