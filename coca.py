@@ -120,7 +120,8 @@ TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}
 def causal_mask(L, device=None):
     """(L, L) bool, True = the token of that row may look at that of the column: itself or before.
 
-    The upper half asks for it in MultimodalDecoder.forward, the lower half through text_mask.
+    MultimodalDecoder.forward asks for it, and UnimodalDecoder.forward through text_mask.
+    CoCa.forward, and so training, runs both.
     """
     return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 

@@ -132,8 +132,8 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     split: "train" or "val"; where there are classes also "zeroshot" (CIFAR: the images of "val")
     and, to learn classes from and to test them, "labelled" and "labelled-val". subset: that many
     training images, the same every time, 0 = all. seed: of generated scenes. val_from_train: that
-    many training images are kept apart and take the place of the evaluation images (of scenes: of
-    "val" only).
+    many training images are kept apart and take the place of the evaluation images (but not of
+    scenes' "zeroshot" and "labelled-val").
     """
     def pick_rows(count):
         return pick(count, split, subset, val_from_train)

@@ -125,7 +125,9 @@ def zero_shot(image_embedding, class_embedding):
 
 
 def zero_shot_task(model, tokenizer, s):
-    """Share of images whose nearest class is the right one."""
+    """Share of images whose nearest class is the right one. A class is the mean of its prompts
+    (embed_classes); ties and NaN count as wrong (zero_shot).
+    """
     need_embeddings(model)
     need_classes(s)
     data = load_split(model, s, "zeroshot")
@@ -341,8 +343,8 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
 class Classifier(nn.Module):
     """A *new* one-query pooler and a linear layer, on tokens of encoder or decoder (Sec. 3.3, 4.2).
 
-    Frozen: it alone learns. Finetuned: the encoder learns, too. Neither uses a pretrained pooler.
-    pooled=False, in frozen_task only: a linear probe, on the mean token.
+    Frozen: it alone learns. Finetuned: the encoder learns, too. Both read the encoder's tokens, and
+    no pretrained pooler. pooled=False, in frozen_task only: a linear probe, on the mean token.
     """
 
     def __init__(self, width, heads, classes, pooled=True):
@@ -367,7 +369,8 @@ class Recipe:
     Theirs are 10,000 to 200,000 steps, batches of 64 to 512 and, for some tasks, RandAugment; ours
     are few and small, without. Where the paper disagrees with itself (finetuning at 5e-4 in Table
     9, at 1e-4 in its text) Table 9 is followed. "Encoder" in Table 10 seems to mean all that is
-    pretrained. We take it for the encoder alone: poolers and decoder learn at lr, our choice.
+    pretrained. We take it for the encoder alone; decoder and poolers, where a task reads them,
+    learn at lr, our choice.
     """
 
     lr: float = 5e-4  # of the classifier and, where they learn, of poolers and decoder
@@ -692,8 +695,9 @@ FORMAT = 2  # of a checkpoint; goes up when older ones can no longer be read
 
 
 def load_checkpoint(path):
-    """-> model on the CPU, tokenizer, the whole checkpoint: train.save wrote it, and says what is
-    in it. Plain types only: loading runs no code.
+    """-> model on the CPU, tokenizer, the whole checkpoint: a dict, made in train.save.
+
+    Plain types only: loading runs no code.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; python train.py makes one")

@@ -164,8 +164,8 @@ def train(model, optimizer, batches, s, start=0, rank=0, world=1):
     """Trains from step `start` to the last. Yields (step, L_Con, L_Cap) after backward and before
     the optimizer's step: the weights have just given finite losses, and may be saved.
 
-    CoCa.losses calls contrastive_loss for Eq. (2), and CoCa.forward for Eq. (3). With --accum or
-    several processes large_batch_backward does so instead.
+    Eq. (2): CoCa.losses calls contrastive_loss. Eq. (3): CoCa.losses calls CoCa.forward, and that
+    captioning_loss. With --accum or several processes large_batch_backward replaces CoCa.losses.
     """
     autocast = half_precision(s.device)
     for step in range(start, s.steps):
@@ -618,8 +618,9 @@ def free_folder(data):
 @contextlib.contextmanager
 def noted_signals(world):
     """Yields a list that gets the first Ctrl-C or SIGTERM. run_steps then saves the weights as they
-    are before the running step's update, and main says how to go on. A second signal acts at once
-    (data.run_program), and so does the first on several processes: there the last save counts.
+    are before the running step's update; main says how to go on and exits with 128 + the signal's
+    number. A second signal ends the program at once, and so does the first outside the loop or on
+    several processes (data.run_program): there the last save counts.
     """
     asked = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -643,6 +644,7 @@ def noted_signals(world):
 
 def save(s, model, tokenizer, optimizer, val, rows):
     """Validates, then writes checkpoint.pt, and metrics.csv from the rows in it -> seconds it took.
+    eval.load_checkpoint reads it: for eval.py, experiments/, --resume and --init.
 
     If a stop falls between the two files, the next save makes metrics.csv again. UserError, and
     nothing is written, if the validation losses are not finite.
