@@ -86,9 +86,8 @@ NOT_KEPT = ["help", "out", "resume", "device", "download"]
 def parse_args(argv=None):
     """-> settings and, with --resume or --init, what load_checkpoint gives.
 
-    What no flag says comes from the checkpoint (--resume: everything; --init: sizes and weights of
-    the losses); else from --config; else from PRESETS for the data or, where they say nothing, from
-    the tiny configuration and the defaults here.
+    What no flag says comes from the checkpoint (--resume: all; --init: sizes, weights of the losses),
+    else from --config, else from PRESETS, else from the tiny configuration and the defaults here.
     """
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], usage="python train.py [options]", add_help=False,
@@ -115,8 +114,7 @@ def parse_args(argv=None):
     flag("--lambda-con", type=at_least(0, float), help="weight of Eq. (2) in Eq. (4)")
     flag("--lambda-cap", type=at_least(0, float), help="weight of Eq. (3) in Eq. (4)")
     flag("--pooler", choices=["cascade", "parallel"], help="Table 8f")
-    flag("--n-query", type=at_least(0),
-         help="queries of the generative pooler, 0 = the decoder reads all image tokens")
+    flag("--n-query", type=at_least(0), help="of the generative pooler, 0 = it is left out")
     flag("--n-uni", type=at_least(1), help="unimodal decoder layers, Table 8d")
     flag("--n-multi", type=at_least(1), help="multimodal decoder layers, Table 8d")
     flag("--encoder-layers", type=at_least(0), help="0 = no encoder, patches go straight on")
@@ -127,8 +125,7 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="go on with the run in --out")
     flag("--save-every", type=at_least(1, float), default=30, metavar="SECONDS",
          help="between checkpoints; longer if saving would take over 5 %% of the time")
-    flag("--accum", type=at_least(1), default=1,
-         help="compute each batch in that many parts, same gradients")
+    flag("--accum", type=at_least(1), default=1, help="parts to compute a batch in, same gradients")
     flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
          help="recompute activations in backward: less memory, same gradients")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
