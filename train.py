@@ -86,7 +86,7 @@ NOT_KEPT = ["help", "out", "resume", "device", "download"]
 def parse_args(argv=None):
     """-> settings and, with --resume or --init, what load_checkpoint gives.
 
-    What no flag says comes from the checkpoint (--resume: all; --init: sizes, weights of the losses),
+    What no flag says comes from the checkpoint (--resume: all; --init: sizes and loss weights),
     else from --config, else from PRESETS, else from the tiny configuration and the defaults here.
     """
     p = argparse.ArgumentParser(
