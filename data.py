@@ -196,6 +196,14 @@ def is_cut(text, text_len):
     return len(words(text)) > text_len - 2
 
 
+def pad_right(rows):
+    """Lists of tokens -> (len(rows), longest) int64, PAD at the right."""
+    tokens = torch.full((len(rows), max(map(len, rows), default=0)), PAD)
+    for i, row in enumerate(rows):
+        tokens[i, :len(row)] = torch.tensor(row)
+    return tokens
+
+
 class Tokenizer:
     """Numbers for words, learned from captions. (The paper: SentencePiece, 64,000 pieces.)"""
 
@@ -224,10 +232,7 @@ class Tokenizer:
         for text in texts:
             ids = [self.index.get(word, UNKNOWN) for word in words(text)]
             rows.append([BEGIN, *ids[:text_len - 2], END])
-        tokens = torch.full((len(rows), max(map(len, rows), default=0)), PAD)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = torch.tensor(row)
-        return tokens
+        return pad_right(rows)
 
     def decode(self, tokens):
         """tokens (L,) -> text up to END, without blanks before punctuation, 's and the like."""

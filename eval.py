@@ -479,11 +479,14 @@ def tensors(data):
     return (torch.from_numpy(np.array(data.images)),), torch.from_numpy(data.labels)
 
 
-def learn_images(model, s, recipe, what, **how):
-    """Learns the labelled images with a new classifier -> accuracy on others, and chance."""
+def load_labelled(model, s):
+    """-> labelled images to learn from, and others to be tested on."""
     need_classes(s)
-    data = load_split(model, s, "labelled")
-    test = load_split(model, s, "labelled-val")
+    return load_split(model, s, "labelled"), load_split(model, s, "labelled-val")
+
+
+def learn_images(model, s, data, test, recipe, what, **how):
+    """Learns the images of data with a new classifier -> accuracy on those of test, and chance."""
     classifier = new_classifier(model, s, data, **how)
     score = transfer(model, image_tokens, classifier, tensors(data), tensors(test), recipe, what)
     return score, constant_answer(test.labels)
@@ -491,14 +494,16 @@ def learn_images(model, s, recipe, what, **how):
 
 def frozen_task(model, tokenizer, s):
     """Sec. 3.3 "Frozen-feature evaluation": a linear probe, and the paper's way: a new pooler."""
-    linear = learn_images(model, s, FROZEN, "linear probe", pooled=False)
-    pooled = learn_images(model, s, FROZEN, "new pooler")
+    data, test = load_labelled(model, s)
+    linear = learn_images(model, s, data, test, FROZEN, "linear probe", pooled=False)
+    pooled = learn_images(model, s, data, test, FROZEN, "new pooler")
     return {"frozen, linear probe": linear, "frozen, new pooler": pooled}
 
 
 def finetuned_task(model, tokenizer, s):
     """The same with the encoder learning, too."""
-    return {"finetuned": learn_images(model, s, FINETUNED, "finetuning")}
+    data, test = load_labelled(model, s)
+    return {"finetuned": learn_images(model, s, data, test, FINETUNED, "finetuning")}
 
 
 DEFAULT_TASKS = {"zero-shot": zero_shot_task, "retrieval": retrieval_task,

@@ -73,7 +73,7 @@ import torch.nn.functional as F
 
 import coca
 from coca import BEGIN, END, PAD, causal_mask
-from data import NAMES, NO_BLANK, UserError, new_file, run_program, words
+from data import NAMES, NO_BLANK, UserError, new_file, pad_right, run_program, words
 from eval import add_image_flags, check_image_flags, evaluate, own_images, pick_device, write_new
 
 HELP = "python -m experiments.open_clip --help"
@@ -434,10 +434,7 @@ class BytePairs:
                     self.known[word] = [self.number[piece] for piece in self.split(word)]
                 ids += self.known[word]
             rows.append([BEGIN, *ids[:text_len - 2], END])
-        tokens = torch.full((len(rows), max(map(len, rows), default=0)), PAD)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = torch.tensor(row)
-        return tokens
+        return pad_right(rows)
 
     def decode(self, tokens):
         """tokens (L,) -> text up to END, readable."""
