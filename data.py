@@ -636,9 +636,10 @@ def cached_images(paths, rows, size, name):
     """
     facts = [size]
     for path in paths:
-        there = os.path.isfile(path)
-        facts.append([os.path.abspath(path), there and os.stat(path).st_mtime_ns,
-                      there and os.stat(path).st_size])
+        facts.append([os.path.abspath(path)])
+        if os.path.isfile(path):
+            found = os.stat(path)
+            facts[-1] += [found.st_mtime_ns, found.st_size]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
     file = folder / f"{name}-{size}px-{fingerprint[:32]}"
