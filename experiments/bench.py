@@ -4,6 +4,7 @@
     python -m experiments.bench step --config base --batch-size 256 --compile     the same on a GPU
     python -m experiments.bench grow --config bench-tiny     a step of half and twice the sizes
     python -m experiments.bench contrastive --pairs 4096 16384 --processes 1 2 4   Eq. (2), shared
+    python -m experiments.bench query --config tiny base     the one query of a video (Sec. 3.3)
     python -m experiments.bench entropy --seeds 0 1 2        the poolers' attention, as it learns
 
 Seconds depend on the machine; what is compared is timed in turn. Processes of contrastive have one
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coca
 import train
-from coca import BEGIN, END, PAD, CoCa, CoCaConfig, contrastive_loss
+from coca import BEGIN, END, PAD, AttentionalPooler, CoCa, CoCaConfig, contrastive_loss
 from data import run_program, to_model
 from eval import pick_device
 from experiments.ablations import compose
@@ -111,12 +112,11 @@ def bytes_kept(config, batch, device, recompute):
     return sum(size for address, size in kept.items() if address not in weights)
 
 
-def flops_an_image(config, device):
-    """Matrix products of a training step, attention written out: not all fused kernels are counted."""
-    _, step = training(config, 8, device)
+def flops_of(function):
+    """Of its matrix products, attention written out: not all fused kernels are counted."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return counter.get_total_flops() / 8
+        function()
+    return counter.get_total_flops()
 
 
 def peak_flops(device, size=4096):
@@ -134,7 +134,8 @@ def bench_step(name, device, batch, flags):
     config = CONFIGS[name]
     batch = batch or BATCH.get(name, 64)
     peak, dtype = peak_flops(device)
-    flops = batch * flops_an_image(config, device)
+    _, step_of_8 = training(config, 8, device)
+    flops = batch / 8 * flops_of(step_of_8)
     model, step = training(config, batch, device, flags)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -228,6 +229,24 @@ def bench_contrastive(pairs, processes, E=512):
 
 
 # ------------------------------------------------------------------------------------------------
+# A video's one query over all tokens of all frames (Sec. 3.3), beside the encoder's work on them
+
+
+def bench_query(name, device, clips=4, frames=8):
+    config = CONFIGS[name]
+    images, _ = synthetic(config, clips * frames, device)
+    encoder = CoCa(config).encoder.to(device)
+    pooler = AttentionalPooler(config.width, config.heads, 1).to(device)
+    tokens = encoder(images).detach().reshape(clips, -1, config.width)           # (clips, frames * P, D)
+    encode = functools.partial(encoder, images)
+    pool = functools.partial(pooler, tokens)
+    flops = flops_of(pool) / flops_of(encode)
+    seconds = timed(pool) / timed(encode)
+    print(f"{name}: {clips} clips of {frames} frames; the query takes {flops:.1%} of the encoder's "
+          f"matrix products and {seconds:.1%} of its time")
+
+
+# ------------------------------------------------------------------------------------------------
 # Where the generative pooler looks while the default job trains
 
 ENTROPY = Path(__file__).with_name("entropy.csv")
@@ -278,7 +297,7 @@ def pooler_entropy(model, val):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 usage="python -m experiments.bench WHAT [options]")
-    p.add_argument("what", choices=["step", "grow", "contrastive", "entropy"])
+    p.add_argument("what", choices=["step", "grow", "contrastive", "query", "entropy"])
     p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"])
     p.add_argument("--device", default="auto")
     p.add_argument("--batch-size", type=train.at_least(2), help="of step (default: see BATCH)")
@@ -300,6 +319,8 @@ def main(argv=None):
         for name in args.config:
             if args.what == "step":
                 bench_step(name, device, args.batch_size, flags)
+            elif args.what == "query":
+                bench_query(name, device)
             else:
                 bench_growth(name, device)
 

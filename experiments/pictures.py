@@ -16,20 +16,18 @@ import torch
 from coca import PAD, text_mask
 from data import UserError, run_program, to_model
 from eval import load_checkpoint, load_split
-from experiments.ablations import (
-    BOTH_WAYS,
-    IMAGES,
-    LINES,
-    QUESTION,
-    RIGHT,
-    TABLE_8,
-    VARIANTS,
-    ZERO_SHOT,
-    read_lines,
-    values_of,
-)
+from experiments.ablations import LINES, read_lines, values_of
 from experiments.bench import ENTROPY
 from experiments.report import attention_maps, chart, heat, picture, spread, tag
+from experiments.variants import (
+    BOTH_WAYS,
+    IMAGES,
+    QUESTION,
+    RIGHT,
+    TABLES,
+    VARIANTS,
+    ZERO_SHOT,
+)
 
 # ------------------------------------------------------------------------------------------------
 # SVG
@@ -192,7 +190,7 @@ def draw_ablations(file):
             runs.append(line)
     names = {"default": "default: both, 2 : 1, n_uni 2, cascade, 16"}
     for row in "bcdef":
-        for variant in TABLE_8[row][1][1:]:
+        for variant in TABLES[row][1][1:]:
             names[variant] = f"({row}) {VARIANTS[variant].what}"
     bottom = 52 + 22 * len(names)
     key = "A dot is a run, the line the default's mean; no dots: that loss was not trained."

@@ -230,15 +230,23 @@ def learn_clips(model, s, data, test, recipe, frames=0):
     return score, constant_answer(test.labels)
 
 
+def generated_clips(model, s):
+    """-> 300 clips to learn from and 1,000 others to be tested on, labelled by what moves; the same
+    clips labelled by where it moves to.
+    """
+    size = model.config.image_size
+    data, moves = moving_shapes("labelled", size, 300, s["seed"])
+    test, test_moves = moving_shapes("labelled-val", size, 1000, s["seed"])
+    return data, test, moves, test_moves
+
+
 def video_task(model, tokenizer, s, clips=None):
     """Frozen, finetuned, and without pretraining. clips: what own_clips gives, if not generated."""
-    size = model.config.image_size
     if clips:
         data, test = clips
         whitening = 0.5  # as train.py for photographs
     else:
-        data, moves = moving_shapes("labelled", size, 300, s["seed"])
-        test, test_moves = moving_shapes("labelled-val", size, 400, s["seed"])
+        data, test, moves, test_moves = generated_clips(model, s)
         whitening = 0.0  # as train.py for scenes
     new = untrained(model, s["seed"], data.images, whitening)
     found = {

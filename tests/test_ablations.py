@@ -15,8 +15,9 @@ from helpers import CONTROL, fails, refused
 import data as data_file
 import train
 from coca import BEGIN, END, PAD, causal_mask, contrastive_loss, text_mask
-from experiments import ablations, bench, pictures
-from experiments.ablations import VARIANTS, verdict
+from experiments import ablations, bench, pictures, variants
+from experiments.ablations import verdict
+from experiments.variants import TABLES, VARIANTS
 
 IMAGES = 16  # two steps
 SMALL = dict(steps=2, batch_size=8, lr=1e-3, patch_size=8, width=32, heads=2, encoder_layers=1,
@@ -32,8 +33,10 @@ def small(monkeypatch):
 
     monkeypatch.setattr(data_file, "shapes", few)
     monkeypatch.setitem(train.PRESETS, "shapes", SMALL)
-    monkeypatch.setattr(ablations, "QUESTIONS", 40)
-    monkeypatch.setattr(ablations.FROZEN_QUESTIONS, "steps", 2)
+    monkeypatch.setattr(variants, "ASKED", 40)
+    monkeypatch.setattr(variants.FROZEN_QUESTIONS, "steps", 2)
+    monkeypatch.setattr(variants, "need_scene_words", lambda tokenizer: None)
+    monkeypatch.setitem(VARIANTS, "default", VARIANTS["default"]._replace(tasks=variants.BASICS))
 
 
 def run(out, *flags):
@@ -82,27 +85,52 @@ def test_several_processes_do_each_run_once(tmp_path, monkeypatch):
     run(out, "--rows", "b", "c", "--jobs", "2")
     found = [line["variant"] for line in lines_of(out)]
     assert sorted(found) == ["captioning only", "contrastive only", "default", "weights 1:1",
-                             "weights 1:2"]
+                             "weights 1:2", "weights 4:1"]
 
 
-def test_rows_share_the_default_run():
-    args = type("Args", (), dict(seeds=[0, 1, 2], data="shapes", images=IMAGES))
-    jobs = ablations.jobs_of("abcdef", args)
-    assert len(jobs) == len(set(jobs)) == 3 * len(VARIANTS)
+def test_tables_share_the_default_run():
+    args = type("Args", (), dict(seeds=[0, 1, 2], data="shapes", images=None))
+    jobs = ablations.jobs_of(list(TABLES), args)
+    assert len(jobs) == len(set(jobs)) == 3 * (len(VARIANTS) + 1)  # two budgets for the classifier
     assert {job.variant for job in jobs} == set(VARIANTS)
+    for job in jobs:  # what is compared sees equally many images, unless it says otherwise
+        steps = int(job.flags.split()[job.flags.split().index("--steps") + 1])
+        assert steps == max(1, int(job.images) // 8)
+        whole = {variants.IMAGES[row] for row, (_, line) in TABLES.items() if job.variant in line}
+        assert int(job.images) in {VARIANTS[job.variant].share * images for images in whole}
+
+
+def test_a_table_is_of_its_own_runs(tmp_path, monkeypatch, capsys):
+    """The classifier stands in two tables, with two budgets."""
+    out = tmp_path / "ablations.csv"
+    args = type("Args", (), dict(seeds=[0], data="shapes", images=None))
+    for job in ablations.jobs_of(["a", "families"], args):
+        scores = {"accuracy": int(job.images) / 100_000, "val_cap": int(job.images), "commit": "x"}
+        ablations.append_line(out, {**job._asdict(), **scores})
+    ablations.main(["--table", "--out", str(out), "--seeds", "0", "--rows", "a", "families"])
+    first, second = capsys.readouterr().out.split("(families)")
+    assert "4.8" in first and "4800.00" in first and "24000.00" not in first
+    assert "24000.00" in second and "4800.00" not in second
+    assert "accuracy" in first and "accuracy" not in second
 
 
 def test_the_runs_in_the_repository_are_found(monkeypatch, capsys):
     monkeypatch.undo()  # the real settings: another learning rate would be another run
     ablations.main(["--table"])
-    assert "42 of 42 runs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for row, (_, line) in TABLES.items():
+        runs = len(line) * 6
+        assert f"({row}) shapes" in out and f"{runs} of {runs} runs" in out
 
 
 def test_a_broken_csv_is_named(tmp_path):
     out = tmp_path / "ablations.csv"
     out.write_text("a,b\n1,2\n")
     refused("not the columns", run, out, "--table")
-    out.write_text(",".join(ablations.COLUMNS) + "\ndefault,shapes\n")
+    out.unlink()
+    ablations.append_line(out, {})
+    header, _ = out.read_text().split("\n", 1)
+    out.write_text(header + "\ndefault,shapes\n")
     refused("line 2 is not whole", run, out, "--table")
     refused("cannot be written", run, tmp_path)  # said before hours of work
 
@@ -111,67 +139,6 @@ def test_cifar_has_two_rows(capsys):
     with pytest.raises(SystemExit):
         ablations.main(["--data", "cifar10", "--rows", "a", "--table"])
     assert "cifar10 has rows b f only" in capsys.readouterr().err
-
-
-# Variants
-
-
-@pytest.mark.parametrize("variant, written", [("classifier", "{}_{}"), ("encoder-decoder", "a {} {}")])
-def test_labels_are_read_off_as_captions(variant, written, monkeypatch):
-    def all_but_one(model, tokenizer, images):
-        assert isinstance(model, ablations.LabelClassifier) == (variant == "classifier")
-        real(model, tokenizer, images)
-        val = draw_scenes("labelled-val", 32, 0, 16)
-        names = [val.classes[label].split() for label in val.labels[:16]]
-        return [written.format(*name) for name in names[:15]] + ["a grey cloud"]
-
-    real = ablations.caption
-    monkeypatch.setattr(ablations, "caption", all_but_one)
-    line = ablations.perform(ablations.make_job(variant, "shapes", IMAGES, 0), None)
-    assert float(line["accuracy"]) == 15 / 16
-    assert set(line) <= set(ablations.COLUMNS)
-    assert ("val_cap" in line) == (variant == "encoder-decoder")  # the classifier's is Eq. (1)
-
-
-def test_a_classifier_learns_the_first_word():
-    coca, images, tokens = CONTROL.example()
-    model = ablations.LabelClassifier(coca)
-    assert torch.equal(model.encoder(images), coca.encoder(images))
-    p = model.classify(images).softmax(-1)
-    right = p[torch.arange(len(p)), tokens[:, 1]]
-    torch.testing.assert_close(model.losses(images, tokens).total, -right.log().mean())
-    assert torch.equal(model.generate(images)[:, 0], p.argmax(-1))
-    with fails:  # control: another label
-        torch.testing.assert_close(model.losses(images, tokens.roll(1, 0)).total, -right.log().mean())
-
-
-def test_a_class_is_one_word():
-    _, val = ablations.labelled(train.parse_args([])[0], ablations.one_word)
-    words = [data_file.words(text) for text, in val.captions]
-    assert {len(found) for found in words} == {1}
-    assert len({word for word, in words}) == len(set(val.labels))
-
-
-def test_the_mean_text_embedding_reads_what_cls_may_see():
-    one_cls = CONTROL.model().unimodal
-    mean = ablations.with_mean_text(CONTROL.model()).unimodal
-    tokens = CONTROL.tokens()
-    assert (tokens[0] == PAD).any()
-    cls = []
-    hook = one_cls.norm.register_forward_hook(lambda norm, given, out: cls.append(out))
-    states, _ = one_cls(tokens)
-    hook.remove()
-
-    def of_first(n):  # the mean of [CLS] and n tokens
-        rows = torch.cat([cls[0][:1], one_cls.norm(states[0, :n])])
-        return F.normalize(rows.mean(0), dim=-1)
-
-    n = CONTROL.lengths[0]
-    torch.testing.assert_close(mean(tokens)[1][0], of_first(n - 1))
-    torch.testing.assert_close(mean(tokens)[0], states)
-    for more in (n, tokens.shape[1]):  # controls: <end> counted too, and padding
-        with fails:
-            torch.testing.assert_close(mean(tokens)[1][0], of_first(more))
 
 
 # Costs and verdicts
@@ -231,6 +198,16 @@ def test_a_step_is_measured(monkeypatch, capsys):
     assert step()[0] == 0
     assert step()[0] == 1
     assert not torch.equal(model.unimodal.cls, before)
+
+
+def test_the_query_of_a_video_is_weighed_against_the_encoder(monkeypatch, capsys):
+    config = CONTROL.config()  # width 16, one layer with an MLP of 64, 4 patches of 48 numbers
+    monkeypatch.setitem(bench.CONFIGS, "small", config)
+    bench.main(["query", "--config", "small", "--device", "cpu"])
+    tokens = 32 * 4
+    encoder = tokens * (48 * 16 + 4 * 16**2 + 2 * 4 * 16 + 2 * 16 * 64)  # multiplications
+    query = 4 * 2 * 16**2 + tokens * (2 * 16**2 + 2 * 16)
+    assert f"takes {query / encoder:.1%} of the encoder's" in capsys.readouterr().out
 
 
 def test_blocks_of_rows_add_up_to_the_contrastive_loss(monkeypatch, capsys):

@@ -195,9 +195,9 @@ def check_lesson(lesson, data, test):
 def test_generated_clips_are_learned_from_and_others_tested(monkeypatch):
     _, lessons, found = lessons_of(monkeypatch)
     learned = moving_shapes("labelled", 8, 300, 0, 8)
-    tested = moving_shapes("labelled-val", 8, 400, 0, 8)
+    tested = moving_shapes("labelled-val", 8, 1000, 0, 8)
     assert not np.array_equal(learned[0].images[0], tested[0].images[0])
-    most = np.bincount(tested[0].labels).max() / 400
+    most = np.bincount(tested[0].labels).max() / 1000
     for what in ("video, frozen", "video, finetuned", "video, from scratch"):
         check_lesson(lessons[what], learned[0], tested[0])
         assert found[what] == (0.125, most)

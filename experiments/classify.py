@@ -1,0 +1,118 @@
+"""More ways to classify: by the captioner's likelihood, and scenes drawn in ways never seen.
+
+    python -m experiments CHECKPOINT --task likelihood robustness
+"""
+import dataclasses
+
+import numpy as np
+from tqdm import tqdm
+
+from coca import PAD
+from data import COLOURS, RADII, SHAPES, UserError, scene
+from eval import (
+    FINETUNED,
+    FROZEN,
+    constant_answer,
+    device_of,
+    embed_classes,
+    embed_images,
+    in_batches,
+    learn_images,
+    load_labelled,
+    load_split,
+    need_classes,
+    need_embeddings,
+    zero_shot,
+)
+
+# ------------------------------------------------------------------------------------------------
+# Zero-shot by Eq. (3) in place of the embeddings of Eq. (2)
+
+
+def likelihood_task(model, tokenizer, s):
+    """Share of images whose likeliest class is the right one: P(class | image) is the sum of
+    P(prompt | image) over the class's prompts, and log P(prompt | image) is Eq. (3) without its
+    minus. The images and prompts are those of eval.zero_shot_task.
+    """
+    if not model.config.lambda_cap:
+        raise UserError("the checkpoint was trained with --lambda-cap 0, its decoder knows no "
+                        "likelihood")
+    need_classes(s)
+    data = load_split(model, s, "zeroshot")
+    prompts = []
+    for name in data.classes:
+        prompts += [template.format(name) for template in data.templates]
+    tokens = tokenizer.encode(prompts, model.config.text_len).to(device_of(model))  # (N, L)
+    states, _ = model.unimodal(tokens)  # (N, L, D): the lower half sees no image
+    follows = tokens[:, 1:] != PAD                                      # (N, L - 1)
+    predicted = []
+    for image in in_batches(model, data.images, "likelihoods", batch=1):
+        image_context, _ = model.pool_image(image)                      # (1, Q, D)
+        decoded = model.multimodal(states, image_context.expand(len(states), -1, -1))  # (N, L, D)
+        log_p = model.multimodal.head(decoded[:, :-1]).log_softmax(-1)  # (N, L - 1, V)
+        log_p = log_p.gather(-1, tokens[:, 1:, None])[..., 0]           # (N, L - 1), of the next
+        log_p = (log_p * follows).sum(1)                                # (N,), of whole prompts
+        of_class = log_p.unflatten(0, (len(data.classes), -1)).logsumexp(1)
+        predicted.append(of_class.argmax().item())
+    share = (np.array(predicted) == data.labels).mean()
+    return {"zero-shot by likelihood": (share, constant_answer(data.labels))}
+
+
+# ------------------------------------------------------------------------------------------------
+# Robustness (the idea of Table 4's ImageNet-A, -R, -Sketch, ...)
+
+CHANGES = {
+    "as in training": {},
+    "bright backgrounds": dict(background=(90, 150)),
+    "noise": dict(noise=30),
+    "outlines": dict(outline=0.04),
+    "smaller": dict(scale=0.7),
+    "larger": dict(scale=1.3),
+}
+
+
+def draw_changed(things, rng, size, background=(0, 60), noise=6, scale=1.0, outline=0.0):
+    """data.draw with other backgrounds, noise (grey levels) and radii; outline: only a rim of that
+    width, in image sides. As it stands, the same picture.
+    """
+    centres = (np.arange(size) + 0.5) / size
+    image = np.broadcast_to(rng.uniform(*background, (3, 1, 1)), (3, size, size))
+    for thing in things:
+        r = scale * RADII[thing.size]
+        x, y = centres - thing.x, centres[:, None] - thing.y
+        inside = r - SHAPES[thing.shape](x, y, r)                       # (size, size)
+        if outline:
+            inside = np.minimum(inside, outline - inside)
+        cover = np.clip(inside * size + 0.5, 0, 1)
+        colour = np.array(COLOURS[thing.colour])[:, None, None]
+        image = image + cover * (colour - image)
+    return (image + rng.normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def redraw(data, seed, split, change):
+    """The scenes of data, which are the first of a split, drawn with one of CHANGES."""
+    images = []
+    for i in tqdm(range(len(data)), "drawing scenes anew", leave=False):
+        things, rng = scene(seed, split, i)
+        images.append(draw_changed(things, rng, data.images.shape[-1], **change))
+    return dataclasses.replace(data, images=np.stack(images))
+
+
+def robustness_task(model, tokenizer, s):
+    """Zero-shot, frozen and finetuned, all learned from scenes as they are, on changed scenes."""
+    need_embeddings(model)
+    if s["data"] != "shapes":
+        raise UserError("robustness is asked of generated scenes; train on --data shapes")
+    named = load_split(model, s, "zeroshot")
+    classes = embed_classes(model, tokenizer, named.classes, named.templates)
+    data, test = load_labelled(model, s)
+    found = {}
+    for name, change in CHANGES.items():
+        images = redraw(named, s["seed"], "zeroshot", change).images
+        predicted = zero_shot(embed_images(model, images), classes).cpu().numpy()
+        found[f"{name}: zero-shot"] = ((predicted == named.labels).mean(),
+                                       constant_answer(named.labels))
+        changed = redraw(test, s["seed"], "labelled-val", change)
+        for how, recipe in (("frozen", FROZEN), ("finetuned", FINETUNED)):
+            found[f"{name}: {how}"] = learn_images(model, s, data, changed, recipe, how)
+    return found

@@ -1,0 +1,142 @@
+"""Classes by likelihood, and scenes drawn in other ways."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import fails, logits_of, refused
+from toys import record_lessons, same_tensors, toy_checkpoint
+
+import data
+import eval as evaluation
+from data import PAIRS, Dataset, draw, scene, to_model
+from eval import embed_classes, embed_images, zero_shot
+from experiments import classify
+from experiments.classify import CHANGES, draw_changed, likelihood_task, redraw, robustness_task
+
+CLASSES = [f"{colour} {shape}" for colour, shape in PAIRS[::3]]
+
+
+def six_images():
+    rng = np.random.default_rng(0)
+    return np.repeat(rng.integers(0, 2, (6, 3, 2, 2), dtype=np.uint8) * 255, 4, 2).repeat(4, 3)
+
+
+def likeliest(model, tokenizer, images, classes, templates):
+    """From the definition: the class whose prompts have the largest sum of probabilities."""
+    found = []
+    for image in images:
+        sums = []
+        for name in classes:
+            total = 0.0
+            for template in templates:
+                tokens = tokenizer.encode([template.format(name)], 32)
+                logits = logits_of(model, to_model(torch.from_numpy(image))[None], tokens)
+                log_p = logits[0].log_softmax(-1)
+                total += math.exp(sum(log_p[t, i] for t, i in enumerate(tokens[0, 1:])))
+            sums.append(total)
+        found.append(int(np.argmax(sums)))
+    return np.array(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("templates", [["a {}"], ["a small {}", "a large {} at the top left and right"]])
+def test_the_likeliest_class_is_found_by_the_probability_of_its_prompts(monkeypatch, templates):
+    model, tokenizer, settings = toy_checkpoint()
+    model.multimodal.head.weight.mul_(20)  # so that the images matter
+    images = six_images()
+    expected = likeliest(model, tokenizer, images, CLASSES, templates)
+    assert len(set(expected)) > 1
+    right = Dataset(images, [[]] * 6, expected, CLASSES, templates)
+    wrong = Dataset(images, [[]] * 6, (expected + 1) % len(CLASSES), CLASSES, templates)
+    for given, score in ((right, 1.0), (wrong, 0.0)):
+        monkeypatch.setattr(classify, "load_split", lambda model, s, split, given=given: given)
+        (found, chance), = likelihood_task(model, tokenizer, settings).values()
+        assert found == score and chance == np.bincount(given.labels).max() / 6
+
+
+def test_likelihoods_are_of_the_zero_shot_images_and_of_a_captioner(monkeypatch):
+    asked = []
+    monkeypatch.setattr(classify, "load_split", lambda model, s, split: asked.append(split) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        likelihood_task(*toy_checkpoint())
+    assert asked == ["zeroshot"]
+    refused("knows no likelihood", likelihood_task, *toy_checkpoint(lambda_cap=0.0))
+    model, tokenizer, settings = toy_checkpoint()
+    refused("coco has no classes", likelihood_task, model, tokenizer, {**settings, "data": "coco"})
+
+
+# Changed scenes
+
+
+def test_a_scene_is_drawn_as_in_training_unless_something_is_changed():
+    assert CHANGES["as in training"] == {}
+    for split in ("zeroshot", "labelled-val", "train"):
+        for i in range(4):
+            things, rng = scene(3, split, i)
+            plain = draw(things, rng, 32)
+            for name, change in CHANGES.items():
+                things, rng = scene(3, split, i)
+                changed = draw_changed(things, rng, 32, **change)
+                assert np.array_equal(changed, plain) == (name == "as in training")
+
+
+def test_each_change_is_what_it_says():
+    def picture(thing=True, **change):
+        things, rng = scene(0, "zeroshot", 0)
+        return draw_changed(things * thing, rng, 64, **change).astype(float)
+
+    empty = picture(thing=False)
+    painted = abs(picture() - empty).max(0) > 20
+    assert 40 < picture(thing=False, **CHANGES["bright backgrounds"]).mean() - empty.mean() < 150
+    assert picture(thing=False, **CHANGES["noise"]).std() > 2 * empty.std()
+    for name, more in (("smaller", False), ("larger", True)):
+        area = (abs(picture(**CHANGES[name]) - empty).max(0) > 20).sum() / painted.sum()
+        assert abs(math.sqrt(area) - CHANGES[name]["scale"]) < 0.1 and (area > 1) == more
+    rim = abs(picture(**CHANGES["outlines"]) - empty).max(0) > 20
+    assert 0 < rim.sum() < 0.7 * painted.sum() and not (rim & ~painted).any()
+
+
+def test_redrawn_scenes_are_the_same_scenes():
+    data_set = data.shapes("zeroshot", 8, 5)
+    plain = redraw(data_set, 5, "zeroshot", {})
+    assert np.array_equal(plain.images, data_set.images)
+    assert np.array_equal(plain.labels, data_set.labels)
+    with fails:  # control: another seed
+        assert np.array_equal(redraw(data_set, 6, "zeroshot", {}).images, data_set.images)
+
+
+def test_robustness_is_learned_from_plain_scenes_and_asked_of_changed_ones(monkeypatch):
+    model, tokenizer, settings = toy_checkpoint()
+    lessons = record_lessons(monkeypatch, evaluation)
+    with torch.no_grad():
+        found = robustness_task(model, tokenizer, settings)
+    assert list(found) == [f"{name}: {how}" for name in CHANGES
+                           for how in ("zero-shot", "frozen", "finetuned")]
+    learned = data.shapes("labelled", 8, 0)
+    tested = data.shapes("labelled-val", 8, 0)
+    named = data.shapes("zeroshot", 8, 0)
+    classes = embed_classes(model, tokenizer, named.classes, named.templates)
+    for i, (name, change) in enumerate(CHANGES.items()):
+        for lesson, finetuned in zip(lessons[2 * i:], (False, True)):
+            assert same_tensors(lesson.model, model)
+            assert (lesson.recipe.encoder_lr > 0) == finetuned
+            assert np.array_equal(lesson.train[0][0], learned.images)
+            changed = redraw(tested, 0, "labelled-val", change)
+            assert np.array_equal(lesson.test[0][0], changed.images)
+            assert np.array_equal(lesson.test[1], tested.labels)
+            assert (name == "as in training") == np.array_equal(changed.images, tested.images)
+        images = redraw(named, 0, "zeroshot", change).images
+        with torch.no_grad():
+            predicted = zero_shot(embed_images(model, images), classes).numpy()
+        assert found[f"{name}: zero-shot"][0] == (predicted == named.labels).mean()
+    assert found["noise: zero-shot"][1] == np.bincount(named.labels).max() / len(named)
+    assert len(lessons) == 2 * len(CHANGES)
+
+
+def test_robustness_is_of_scenes_and_of_embeddings():
+    model, tokenizer, settings = toy_checkpoint()
+    refused("generated scenes", robustness_task, model, tokenizer, {**settings, "data": "cifar10"})
+    refused("mean nothing", robustness_task, *toy_checkpoint(lambda_con=0.0))
+
+
