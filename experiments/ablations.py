@@ -288,6 +288,8 @@ def compare(lines, variant, reference):
     """-> the paper's differences from the reference, and what is seen of them here, as texts."""
     theirs = []
     here = []
+    if variant == reference:
+        return "", ""
     for score, value in VARIANTS[variant].paper.items():
         if score in VARIANTS[reference].paper:
             difference = round(value - VARIANTS[reference].paper[score], 2)
@@ -300,21 +302,22 @@ def compare(lines, variant, reference):
 
 
 def markdown(row, lines):
-    """A row of Table 8 as a Markdown table."""
+    """One of TABLES as Markdown; those of Table 8 (a to f) are compared with the paper's."""
     title, variants = TABLES[row]
+    of_paper = len(row) == 1
     shown = []
     for score in SCORES:
         there = any(values_of(lines, variant, score) for variant in variants)
         if there and row in ONLY_IN.get(score, TABLES):
             shown.append(score)
-    table = [[title, *shown, "paper's difference", "here"]]
+    table = [[title, *shown] + ["paper's difference", "here"] * of_paper]
     table.append(["---"] * len(table[0]))
     for variant in variants:
-        numbers = [as_text(score, values_of(lines, variant, score)) for score in shown]
-        compared = ("", "")
-        if variant != variants[0]:
-            compared = compare(lines, variant, variants[0])
-        table.append([VARIANTS[variant].what, *numbers, *compared])
+        cells = [VARIANTS[variant].what]
+        cells += [as_text(score, values_of(lines, variant, score)) for score in shown]
+        if of_paper:
+            cells += compare(lines, variant, variants[0])
+        table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     text = ""
     for cells in table:

@@ -1,7 +1,7 @@
 """Draws the README's pictures into assets/ (SVG on white, so they look the same in the dark).
 
     python -m experiments.pictures runs/shapes/checkpoint.pt    all
-    python -m experiments.pictures                              entropy and ablations, from the .csv
+    python -m experiments.pictures                              those that need no checkpoint
 
 Curves and maps are drawn by the functions of experiments/report.py.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from coca import PAD, text_mask
+from coca import BEGIN, END, PAD, causal_mask, text_mask
 from data import UserError, run_program, to_model
 from eval import load_checkpoint, load_split
 from experiments.ablations import LINES, read_lines, values_of
@@ -160,6 +161,45 @@ def draw_losses(checkpoint):
 
 
 # ------------------------------------------------------------------------------------------------
+# From nothing: a mask, and the same with a bug
+
+
+def shifted_mask(tokens):
+    """text_mask with the bug of two public CoCas (open_clip's issue 549): the column of [CLS] is
+    added in front, so which columns are hidden is shifted by one.
+    """
+    is_word = (tokens != PAD) & (tokens != END)                         # (B, L)
+    visible = F.pad(is_word, (1, 0), value=True)                        # (B, L + 1)
+    return causal_mask(visible.shape[1], tokens.device) & visible[:, None, None]
+
+
+def draw_masks():
+    """Who may look at whom, as in the paper and with the shift; what differs has a red frame."""
+    names = ["<begin>", "a", "red", "ring", "<end>", "<pad>", "[CLS]"]
+    tokens = torch.tensor([[BEGIN, 4, 5, 6, END, PAD]])
+    right = text_mask(tokens)[0, 0]
+    shifted = shifted_mask(tokens)[0, 0]
+    parts = []
+    for k, (title, mask) in enumerate((("as in the paper", right), ("shifted by one", shifted))):
+        left = 70 + 300 * k
+        parts.append(text(title, left, 24, font_size=16, font_weight="bold"))
+        for i, name in enumerate(names):
+            y = 92 + 30 * i
+            parts.append(text(name, left - 6, y + 19, text_anchor="end", font_size=14))
+            turn = f"translate({left + 18 + 30 * i} 84) rotate(-45)"
+            parts.append(text(name, 0, 0, transform=turn, font_size=14))
+            for j in range(len(names)):
+                colour = "#0a7bd0" if mask[i, j] else "#e4e4e4"
+                parts.append(tag("rect", x=left + 30 * j, y=y, width=28, height=28, fill=colour))
+        for i, j in (right != shifted).nonzero().tolist():
+            parts.append(tag("rect", x=left + 30 * j, y=92 + 30 * i, width=28, height=28,
+                             fill="none", stroke="#c00000", stroke_width=4))
+    return page("Two masks of the text 'a red ring', blue where a row may look at a column: as in the "
+                "paper, and shifted by one, where [CLS] sees the end token and not itself", 610, 312,
+                *parts)
+
+
+# ------------------------------------------------------------------------------------------------
 # From what was measured
 
 
@@ -184,14 +224,15 @@ def draw_entropy(file):
 
 def draw_ablations(file):
     """Table 8 at small scale: a dot for each run, a line at the default's mean."""
-    runs = []
-    for line in read_lines(file).values():
-        if line["data"] == "shapes" and int(line["images"]) == IMAGES["b"]:
-            runs.append(line)
     names = {"default": "default: both, 2 : 1, n_uni 2, cascade, 16"}
     for row in "bcdef":
         for variant in TABLES[row][1][1:]:
             names[variant] = f"({row}) {VARIANTS[variant].what}"
+    runs = []
+    for line in read_lines(file).values():
+        same = line["data"] == "shapes" and int(line["images"]) == IMAGES["b"]
+        if same and line["variant"] in names:
+            runs.append(line)
     bottom = 52 + 22 * len(names)
     key = "A dot is a run, the line the default's mean; no dots: that loss was not trained."
     parts = [text(key, 12, bottom + 22)]
@@ -236,7 +277,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "assets",
                    help="folder, whose pictures are drawn anew (default: assets)")
     args = p.parse_args(argv)
-    pages = {}
+    pages = {"masks": draw_masks()}
     if args.checkpoint:
         model, tokenizer, checkpoint = load_checkpoint(args.checkpoint)
         if checkpoint["settings"]["data"] != "shapes":

@@ -252,6 +252,13 @@ def test_weights_are_zero_where_the_mask_says_so():
         assert torch.equal(weights > 0, causal_mask(10).expand(3, -1, -1))
 
 
+def test_the_mask_with_the_bug_hides_cls_from_itself():
+    tokens = torch.tensor([[BEGIN, 4, 5, 6, END, PAD]])
+    right, shifted = text_mask(tokens)[0, 0], pictures.shifted_mask(tokens)[0, 0]
+    assert right[-1].tolist() == [True] * 4 + [False, False, True]
+    assert shifted[-1].tolist() == [True] * 5 + [False, False]
+
+
 def test_pictures_are_drawn(tmp_path):
     out = str(tmp_path / "run")
     train.main(["--out", out, "--device", "cpu"])
@@ -270,8 +277,10 @@ def test_pictures_are_drawn(tmp_path):
     assert count["mask", "rect"] == 1 + 13**2  # and the card below
     assert count["losses", "polyline"] == 2
     assert count["entropy", "polyline"] == 4
-    lines = [line for line in lines_of(ablations.LINES)
-             if line["data"] == "shapes" and line["images"] == "24000"]
+    assert count["masks", "rect"] == 1 + 2 * 7**2 + 2 * 4  # four cells differ
+    shown = {variant for row in "bcdef" for variant in TABLES[row][1]}
+    lines = [line for line in lines_of(ablations.LINES) if line["variant"] in shown
+             and line["data"] == "shapes" and line["images"] == "24000"]
     dots = [line[name] for line in lines for name in
             ("zero-shot top-1", "mean R@1", "captions exactly right", "questions") if line[name]]
     assert count["ablations", "circle"] == len(dots)
