@@ -119,6 +119,12 @@ def flops_of(function):
     return counter.get_total_flops()
 
 
+def flops_an_image(config, device):
+    """Of a training step. (The model is gone before memory is measured.)"""
+    _, step = training(config, 8, device)
+    return flops_of(step) / 8
+
+
 def peak_flops(device, size=4096):
     """-> floating point operations a second in a product of matrices, and their dtype."""
     with train.half_precision(device):
@@ -134,8 +140,7 @@ def bench_step(name, device, batch, flags):
     config = CONFIGS[name]
     batch = batch or BATCH.get(name, 64)
     peak, dtype = peak_flops(device)
-    _, step_of_8 = training(config, 8, device)
-    flops = batch / 8 * flops_of(step_of_8)
+    flops = batch * flops_an_image(config, device)
     model, step = training(config, batch, device, flags)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
