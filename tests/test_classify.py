@@ -17,42 +17,45 @@ from experiments.classify import CHANGES, draw_changed, likelihood_task, redraw,
 CLASSES = [f"{colour} {shape}" for colour, shape in PAIRS[::3]]
 
 
-def six_images():
-    rng = np.random.default_rng(0)
-    return np.repeat(rng.integers(0, 2, (6, 3, 2, 2), dtype=np.uint8) * 255, 4, 2).repeat(4, 3)
+def some_images(count):
+    squares = np.random.default_rng(0).integers(0, 2, (count, 3, 2, 2), dtype=np.uint8) * 255
+    return squares.repeat(4, 2).repeat(4, 3)
 
 
-def likeliest(model, tokenizer, images, classes, templates):
+def likeliest(model, tokenizer, images, classes, templates, together=sum):
     """From the definition: the class whose prompts have the largest sum of probabilities."""
     found = []
     for image in images:
-        sums = []
+        scores = []
         for name in classes:
-            total = 0.0
+            probabilities = []
             for template in templates:
                 tokens = tokenizer.encode([template.format(name)], 32)
                 logits = logits_of(model, to_model(torch.from_numpy(image))[None], tokens)
                 log_p = logits[0].log_softmax(-1)
-                total += math.exp(sum(log_p[t, i] for t, i in enumerate(tokens[0, 1:])))
-            sums.append(total)
-        found.append(int(np.argmax(sums)))
+                total = sum(log_p[t, i] for t, i in enumerate(tokens[0, 1:]))
+                probabilities.append(math.exp(total))
+            scores.append(together(probabilities))
+        found.append(int(np.argmax(scores)))
     return np.array(found)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("templates", [["a {}"], ["a small {}", "a large {} at the top left and right"]])
-def test_the_likeliest_class_is_found_by_the_probability_of_its_prompts(monkeypatch, templates):
+def test_the_likeliest_class_is_found_by_the_probability_of_its_prompts(monkeypatch):
     model, tokenizer, settings = toy_checkpoint()
-    model.multimodal.head.weight.mul_(20)  # so that the images matter
-    images = six_images()
+    model.multimodal.head.weight.mul_(4)  # so that the images matter
+    images = some_images(24)
+    templates = ["a small {}", "a large {}", "a {} and"]
     expected = likeliest(model, tokenizer, images, CLASSES, templates)
-    assert len(set(expected)) > 1
-    right = Dataset(images, [[]] * 6, expected, CLASSES, templates)
-    wrong = Dataset(images, [[]] * 6, (expected + 1) % len(CLASSES), CLASSES, templates)
-    for given, score in ((right, 1.0), (wrong, 0.0)):
-        monkeypatch.setattr(classify, "load_split", lambda model, s, split, given=given: given)
-        (found, chance), = likelihood_task(model, tokenizer, settings).values()
-        assert found == score and chance == np.bincount(given.labels).max() / 6
+    right = Dataset(images, [[]] * 24, expected, CLASSES, templates)
+    monkeypatch.setattr(classify, "load_split", lambda model, s, split: right)
+    found = likelihood_task(model, tokenizer, settings)["zero-shot by likelihood"]
+    assert found == (1.0, np.bincount(expected).max() / 24)
+    for other in (likeliest(model, tokenizer, images, CLASSES, templates, max),
+                  likeliest(model, tokenizer, images, CLASSES, templates[:1])):
+        right.labels = other
+        with fails:  # controls: the likeliest prompt, and the first
+            assert likelihood_task(model, tokenizer, settings)["zero-shot by likelihood"][0] == 1
 
 
 def test_likelihoods_are_of_the_zero_shot_images_and_of_a_captioner(monkeypatch):

@@ -55,6 +55,15 @@ def test_half_the_scenes_have_their_labels_as_texts():
         assert both.captions[:8] == plain.captions[:8]
 
 
+def test_half_the_images_seen_are_as_many_epochs():
+    for half in ("labels", "captions"):
+        whole = len(VARIANTS["one stage"].data(settings())[0])
+        for name, epochs in ((half, 2), (f"{half}, epochs", 1)):
+            job = ablations.make_job(name, "shapes", IMAGES, 0)
+            size = len(VARIANTS[name].data(settings())[0])
+            assert int(job.images) / size == epochs * IMAGES / whole
+
+
 def test_one_half_alone_is_the_same_half():
     s = settings()
     both, _ = halves(s)
