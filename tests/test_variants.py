@@ -4,14 +4,14 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, fails
-from toys import toy_checkpoint
+from helpers import CONTROL, fails, refused
+from toys import WORDS, record_lessons, toy_checkpoint
 
 import data as data_file
 import train
 from coca import PAD
-from data import scene
-from experiments import ablations, variants
+from data import Tokenizer, scene
+from experiments import ablations, understanding, variants, video
 from experiments.variants import TABLES, VARIANTS, LabelClassifier, halves
 
 IMAGES = 16  # two steps
@@ -84,6 +84,8 @@ def test_labels_are_read_off_as_captions(variant, written, monkeypatch):
 
     real = variants.caption
     monkeypatch.setattr(variants, "caption", all_but_one)
+    only = {"labels": VARIANTS[variant].tasks["labels"]}  # the others learn for long
+    monkeypatch.setitem(VARIANTS, variant, VARIANTS[variant]._replace(tasks=only))
     line = ablations.perform(ablations.make_job(variant, "shapes", IMAGES, 0), None)
     assert float(line["accuracy"]) == 15 / 16
     assert set(line) <= set(ablations.COLUMNS)
@@ -144,6 +146,23 @@ def test_a_table_asks_its_lines_for_what_it_shows():
             else:
                 assert {"frozen", "video"} <= set(tasks)
                 assert ("likelihood" in tasks) == (variant in ("default", "captioning only"))
+
+
+def test_questions_and_videos_are_learned_with_a_frozen_model_and_asked_of_others(monkeypatch):
+    model, tokenizer, s = toy_checkpoint()
+    asked = record_lessons(monkeypatch, understanding)
+    shown = record_lessons(monkeypatch, video)
+    with torch.no_grad():
+        (score, chance), = variants.frozen_questions_task(model, tokenizer, s).values()
+        variants.frozen_video_task(model, tokenizer, s)
+    (lesson,), (clips,) = asked, shown
+    assert score == 0.125 and 0.3 < chance < 0.45  # of the three kinds of questions
+    for found, learned, tested in ((lesson, 3400, 600), (clips, 300, 1000)):
+        assert found.model is model and found.recipe.encoder_lr == 0
+        assert (len(found.train[1]), len(found.test[1])) == (learned, tested)
+        assert not torch.equal(found.train[0][0][:300], found.test[0][0][:300])
+    assert clips.classifier.time is None
+    refused("lacks words", variants.frozen_questions_task, model, Tokenizer(WORDS[:9]), s)
 
 
 @torch.no_grad()
