@@ -4,12 +4,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from helpers import fails, logits_of, refused
-from toys import record_lessons, same_tensors, toy_checkpoint
+from toys import SPECIAL, record_lessons, same_tensors, toy_checkpoint
 
 import data
 import eval as evaluation
-from data import PAIRS, Dataset, draw, scene, to_model
+from coca import CoCaConfig
+from data import PAIRS, Dataset, Tokenizer, draw, scene, to_model
 from eval import embed_classes, embed_images, zero_shot
 from experiments import classify
 from experiments.classify import CHANGES, draw_changed, likelihood_task, redraw, robustness_task
@@ -22,40 +24,69 @@ def some_images(count):
     return squares.repeat(4, 2).repeat(4, 3)
 
 
-def likeliest(model, tokenizer, images, classes, templates, together=sum):
+def likeliest(model, tokenizer, images, classes, templates):
     """From the definition: the class whose prompts have the largest sum of probabilities."""
     found = []
     for image in images:
-        scores = []
+        sums = []
         for name in classes:
-            probabilities = []
+            total = 0.0
             for template in templates:
                 tokens = tokenizer.encode([template.format(name)], 32)
                 logits = logits_of(model, to_model(torch.from_numpy(image))[None], tokens)
                 log_p = logits[0].log_softmax(-1)
-                total = sum(log_p[t, i] for t, i in enumerate(tokens[0, 1:]))
-                probabilities.append(math.exp(total))
-            scores.append(together(probabilities))
-        found.append(int(np.argmax(scores)))
+                total += math.exp(sum(log_p[t, i] for t, i in enumerate(tokens[0, 1:])))
+            sums.append(total)
+        found.append(int(np.argmax(sums)))
     return np.array(found)
+
+
+def share_right(patch, model, tokenizer, data_set):
+    patch.setattr(classify, "load_split", lambda model, s, split: data_set)
+    settings = dict(data="shapes", data_dir=None, seed=0)
+    return likelihood_task(model, tokenizer, settings)["zero-shot by likelihood"]
 
 
 @torch.no_grad()
 def test_the_likeliest_class_is_found_by_the_probability_of_its_prompts(monkeypatch):
-    model, tokenizer, settings = toy_checkpoint()
+    model, tokenizer, _ = toy_checkpoint()
     model.multimodal.head.weight.mul_(4)  # so that the images matter
-    images = some_images(16)
-    templates = ["a small {}", "a large {}", "a {} and"]
+    images = some_images(10)
+    templates = ["a small {}", "a {} and"]
     expected = likeliest(model, tokenizer, images, CLASSES, templates)
-    right = Dataset(images, [[]] * 16, expected, CLASSES, templates)
-    monkeypatch.setattr(classify, "load_split", lambda model, s, split: right)
-    found = likelihood_task(model, tokenizer, settings)["zero-shot by likelihood"]
-    assert found == (1.0, np.bincount(expected).max() / 16)
-    for other in (likeliest(model, tokenizer, images, CLASSES, templates, max),
-                  likeliest(model, tokenizer, images, CLASSES, templates[:1])):
-        right.labels = other
-        with fails:  # controls: the likeliest prompt, and the first
-            assert likelihood_task(model, tokenizer, settings)["zero-shot by likelihood"][0] == 1
+    given = Dataset(images, [[]] * 10, expected, CLASSES, templates)
+    assert share_right(monkeypatch, model, tokenizer, given) == (1, np.bincount(expected).max() / 10)
+    given.labels = likeliest(model, tokenizer, images, CLASSES, templates[:1])
+    with fails:  # control: the first prompt alone
+        assert share_right(monkeypatch, model, tokenizer, given)[0] == 1
+
+
+class WordByWord(nn.Module):
+    """A captioner that looks at the last word only: table[i, j] = P(word j after word i)."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.config = CoCaConfig(vocab_size=len(table))
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.unimodal = lambda tokens: (tokens, None)
+        self.pool_image = lambda images: (images[:, 0], None)
+        self.multimodal = lambda states, image_context: states
+        self.multimodal.head = lambda states: table.log()[states]
+
+
+@torch.no_grad()
+def test_all_prompts_of_a_class_count_and_not_the_likeliest_alone(monkeypatch):
+    words = [*SPECIAL, "one", "two", "x", "y"]
+    table = torch.full((8, 8), 1e-9)
+    table[1, 4:6] = 0.5  # <begin> one, <begin> two
+    table[4, 6:8] = torch.tensor([0.3, 0.6])  # one x, one y
+    table[5, 6:8] = torch.tensor([0.4, 0.01])
+    table[6:, 2] = 1  # x <end>, y <end>
+    given = Dataset(some_images(1), [[]], np.array([0]), ["x", "y"], ["one {}", "two {}"])
+    assert share_right(monkeypatch, WordByWord(table), Tokenizer(words), given)[0] == 1
+    assert table[4, 7] > table[4:6, 6].max()  # though the likeliest prompt is one of y's
+    given.templates = ["one {}"]
+    assert share_right(monkeypatch, WordByWord(table), Tokenizer(words), given)[0] == 0
 
 
 def test_likelihoods_are_of_the_zero_shot_images_and_of_a_captioner(monkeypatch):
