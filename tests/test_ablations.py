@@ -108,10 +108,25 @@ def test_a_table_is_of_its_own_runs(tmp_path, monkeypatch, capsys):
         scores = {"accuracy": int(job.images) / 100_000, "val_cap": int(job.images), "commit": "x"}
         ablations.append_line(out, {**job._asdict(), **scores})
     ablations.main(["--table", "--out", str(out), "--seeds", "0", "--rows", "a", "families"])
-    first, second = capsys.readouterr().out.split("(families)")
-    assert "4.8" in first and "4800.00" in first and "24000.00" not in first
-    assert "24000.00" in second and "4800.00" not in second
-    assert "accuracy" in first and "accuracy" not in second
+    of_a, of_families = capsys.readouterr().out.split("(families)")
+    what = VARIANTS["classifier"].what
+    assert re.search(rf"{re.escape(what)} +\| 4.8 +\| 4800.00", of_a)
+    assert re.search(rf"{re.escape(what)} +\| 24000.00", of_families)
+    for only_in_a in ("accuracy", "paper's difference"):
+        assert only_in_a in of_a and only_in_a not in of_families
+
+
+def test_scores_are_those_of_the_tasks_and_both_ways_of_retrieval_count(monkeypatch):
+    found = {"image to text R@1": 0.4, "text to image R@1": 0.8, "questions": 0.5, "BLEU-4": 0.1}
+    found = {name: {"score": value, "chance": 0.0} for name, value in found.items()}
+    asked = []
+    monkeypatch.setattr(ablations, "evaluate", lambda *args, **how: asked.append(args) or found)
+    monkeypatch.setattr(train, "validate", lambda *args: (1.0, 2.0))
+    s = train.parse_args([])[0]
+    scores = ablations.measure("default", s, "model", "tokenizer", None)
+    assert scores == {"val_con": 1.0, "val_cap": 2.0, "image to text R@1": 0.4, "questions": 0.5,
+                      "mean R@1": pytest.approx(0.6)}
+    assert asked == [("model", "tokenizer", vars(s), VARIANTS["default"].tasks)]
 
 
 def test_the_runs_in_the_repository_are_found(monkeypatch, capsys):
@@ -284,6 +299,8 @@ def test_pictures_are_drawn(tmp_path):
     dots = [line[name] for line in lines for name in
             ("zero-shot top-1", "mean R@1", "captions exactly right", "questions") if line[name]]
     assert count["ablations", "circle"] == len(dots)
+    least = min(float(line["zero-shot top-1"]) for line in lines if line["zero-shot top-1"])
+    assert f">{least:.0%}<" in (tmp_path / "ablations.svg").read_text()
     checkpoint = torch.load(out + "/checkpoint.pt", weights_only=True)
     checkpoint["settings"]["data"] = "coco"
     torch.save(checkpoint, out + "/coco.pt")

@@ -79,8 +79,8 @@ def test_all_prompts_of_a_class_count_and_not_the_likeliest_alone(monkeypatch):
     words = [*SPECIAL, "one", "two", "x", "y"]
     table = torch.full((8, 8), 1e-9)
     table[1, 4:6] = 0.5  # <begin> one, <begin> two
-    table[4, 6:8] = torch.tensor([0.3, 0.6])  # one x, one y
-    table[5, 6:8] = torch.tensor([0.4, 0.01])
+    table[4, [3, 6, 7]] = torch.tensor([0.1, 0.3, 0.6])  # one x, one y
+    table[5, [3, 6, 7]] = torch.tensor([0.59, 0.4, 0.01])
     table[6:, 2] = 1  # x <end>, y <end>
     given = Dataset(some_images(1), [[]], np.array([0]), ["x", "y"], ["one {}", "two {}"])
     assert share_right(monkeypatch, WordByWord(table), Tokenizer(words), given)[0] == 1

@@ -133,6 +133,16 @@ def test_the_mean_text_embedding_reads_what_cls_may_see():
             torch.testing.assert_close(mean(tokens)[1][0], of_first(more))
 
 
+def test_a_variants_data_are_what_it_learns():
+    seen = {}
+    for name in ("default", "classifier", "one stage", "captions"):
+        job = ablations.make_job(name, "shapes", IMAGES, 0)
+        _, _, tokenizer, val, _ = ablations.compose(job.flags, VARIANTS[name])
+        seen[name] = "photo" in tokenizer.words, len(data_file.words(val.captions[0][0])) == 1
+    assert seen == {"default": (False, False), "classifier": (False, True),
+                    "one stage": (True, False), "captions": (False, False)}
+
+
 # Tasks
 
 
