@@ -51,11 +51,11 @@ def text(words, x, y, **how):
     return tag("text", words, x=x, y=y, **how)
 
 
-def lines(words, x, y, width=24):
+def lines(words, x, y, width=22):
     """Text in lines of `width` letters."""
     parts = []
     for i, line in enumerate(textwrap.wrap(words, width)):
-        parts.append(text(line, x, y + 14 * i))
+        parts.append(text(line, x, y + 17 * i, font_size=14))
     return parts
 
 
@@ -80,13 +80,13 @@ def draw_scenes(model, tokenizer, val):
     tokens = model.generate(to_model(torch.tensor(val.images[some])))
     for k, (i, row) in enumerate(zip(some, tokens)):
         x = 12 + 178 * (k % 4)
-        y = 12 + 215 * (k // 4)
+        y = 12 + 222 * (k // 4)
         written = tokenizer.decode(row)
         right = written in val.captions[i]
         colour = "#1a1a1a" if right else "#c00000"
         parts.append(image(picture(val.images[i]), x, y, 128))
-        parts.append(tag("g", *lines(written, x, y + 144), fill=colour))
-    return page("Eight generated scenes, each with the caption that the model wrote", 720, 440,
+        parts.append(tag("g", *lines(written, x, y + 146), fill=colour))
+    return page("Eight generated scenes, each with the caption that the model wrote", 720, 456,
                 *parts)
 
 
@@ -104,15 +104,15 @@ def draw_attention(model, tokenizer, val):
             cells.append((tokenizer.words[token], weights))
     parts = []
     for k, (name, weights) in enumerate(cells):
-        left = 10 + 100 * (k % 7)
-        top = 10 + 118 * (k // 7)
-        parts.append(image(picture(val.images[i]), left, top, 90))
+        left = 10 + 118 * (k % 6)
+        top = 10 + 132 * (k // 6)
+        parts.append(image(picture(val.images[i]), left, top, 104))
         if weights is not None:
             shares = (weights / weights.max()).reshape(grid, grid).numpy()
-            parts.append(image(heat(shares), left, top, 90))
-        parts.append(text(name, left + 45, top + 104, text_anchor="middle", font_size=11))
-    rows = -(-len(cells) // 7)
-    return page("Where the model looks in a scene as it writes each word", 710, 12 + 118 * rows,
+            parts.append(image(heat(shares), left, top, 104))
+        parts.append(text(name, left + 52, top + 121, text_anchor="middle", font_size=14))
+    rows = -(-len(cells) // 6)
+    return page("Where the model looks in a scene as it writes each word", 720, 12 + 132 * rows,
                 *parts)
 
 
