@@ -269,7 +269,7 @@ TABLES = {  # the first of a table is what the others are compared with
     "one-stage": ("labels and captions as text",
                   ["one stage", "labels", "captions", "labels, epochs", "captions, epochs"]),
 }
-# Seen in training; chosen on a table's first line alone, at seed 10, so that it is not at 100 %
+# Seen in training; chosen on a table's first line alone, so that it is not at 100 %
 IMAGES = {"a": 4_800, "b": 24_000, "c": 24_000, "d": 24_000, "e": 24_000, "f": 24_000,
           "families": 24_000, "one-stage": 24_000}
 # Where a score is shown, if not in all tables: the variants of others are not all asked for it
