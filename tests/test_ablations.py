@@ -215,6 +215,14 @@ def test_a_step_is_measured(monkeypatch, capsys):
     assert not torch.equal(model.unimodal.cls, before)
 
 
+def test_the_work_of_a_step_is_counted_an_image():
+    config = CONTROL.config()
+    for batch in (16, 32):
+        _, step = bench.training(config, batch, "cpu")
+        counted = bench.flops_of(step) / batch
+        assert abs(bench.flops_an_image(config, "cpu") / counted - 1) < 0.15
+
+
 def test_the_query_of_a_video_is_weighed_against_the_encoder(monkeypatch, capsys):
     config = CONTROL.config()  # width 16, one layer with an MLP of 64, 4 patches of 48 numbers
     monkeypatch.setitem(bench.CONFIGS, "small", config)
