@@ -124,6 +124,12 @@ def zero_shot(image_embedding, class_embedding):
     return torch.where(nearest == 1, predicted, -1)
 
 
+def zero_shot_score(model, data, class_embedding):
+    """-> share of data's images whose nearest class is the right one, and chance."""
+    predicted = zero_shot(embed_images(model, data.images), class_embedding).cpu().numpy()
+    return (predicted == data.labels).mean(), constant_answer(data.labels)
+
+
 def zero_shot_task(model, tokenizer, s):
     """Share of images whose nearest class is the right one. A class is the mean of its prompts
     (embed_classes); ties and NaN count as wrong (zero_shot).
@@ -132,8 +138,7 @@ def zero_shot_task(model, tokenizer, s):
     need_classes(s)
     data = load_split(model, s, "zeroshot")
     classes = embed_classes(model, tokenizer, data.classes, data.templates)
-    predicted = zero_shot(embed_images(model, data.images), classes).cpu().numpy()
-    return {"zero-shot top-1": ((predicted == data.labels).mean(), constant_answer(data.labels))}
+    return {"zero-shot top-1": zero_shot_score(model, data, classes)}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,14 +15,13 @@ from eval import (
     constant_answer,
     device_of,
     embed_classes,
-    embed_images,
     in_batches,
     learn_images,
     load_labelled,
     load_split,
     need_classes,
     need_embeddings,
-    zero_shot,
+    zero_shot_score,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -108,10 +107,8 @@ def robustness_task(model, tokenizer, s):
     data, test = load_labelled(model, s)
     found = {}
     for name, change in CHANGES.items():
-        images = redraw(named, s["seed"], "zeroshot", change).images
-        predicted = zero_shot(embed_images(model, images), classes).cpu().numpy()
-        found[f"{name}: zero-shot"] = ((predicted == named.labels).mean(),
-                                       constant_answer(named.labels))
+        shown = redraw(named, s["seed"], "zeroshot", change)
+        found[f"{name}: zero-shot"] = zero_shot_score(model, shown, classes)
         changed = redraw(test, s["seed"], "labelled-val", change)
         for how, recipe in (("frozen", FROZEN), ("finetuned", FINETUNED)):
             found[f"{name}: {how}"] = learn_images(model, s, data, changed, recipe, how)

@@ -25,11 +25,10 @@ from eval import (
     caption,
     constant_answer,
     embed_classes,
-    embed_images,
     frozen_task,
     load_split,
     need_embeddings,
-    zero_shot,
+    zero_shot_score,
 )
 from experiments.classify import likelihood_task
 from experiments.understanding import KINDS, UNDERSTANDING, questions, understand
@@ -164,9 +163,7 @@ def label_prompt_task(model, tokenizer, s):
     need_embeddings(model)
     data = load_split(model, s, "zeroshot")
     classes = embed_classes(model, tokenizer, data.classes, [LABEL_PROMPT])
-    predicted = zero_shot(embed_images(model, data.images), classes).cpu().numpy()
-    return {"zero-shot, label prompt": ((predicted == data.labels).mean(),
-                                        constant_answer(data.labels))}
+    return {"zero-shot, label prompt": zero_shot_score(model, data, classes)}
 
 
 def label_style_task(model, tokenizer, s):

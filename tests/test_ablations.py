@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CONTROL, fails, refused
+from toys import few_scenes
 
-import data as data_file
 import train
 from coca import BEGIN, END, PAD, causal_mask, contrastive_loss, text_mask
 from experiments import ablations, bench, pictures, variants
@@ -20,19 +20,12 @@ from experiments.ablations import verdict
 from experiments.variants import TABLES, VARIANTS
 
 IMAGES = 16  # two steps
-SMALL = dict(steps=2, batch_size=8, lr=1e-3, patch_size=8, width=32, heads=2, encoder_layers=1,
-             encoder_mlp=32, n_uni=1, n_multi=1, decoder_mlp=32, n_query=4)
-draw_scenes = functools.cache(data_file.shapes)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few scenes and questions, and a small model."""
-    def few(split, size, seed, subset=0):
-        return data_file.select(draw_scenes(split, size, 0, 16), range(16))
-
-    monkeypatch.setattr(data_file, "shapes", few)
-    monkeypatch.setitem(train.PRESETS, "shapes", SMALL)
+    few_scenes(monkeypatch)
     monkeypatch.setattr(variants, "ASKED", 40)
     monkeypatch.setattr(variants.FROZEN_QUESTIONS, "steps", 2)
     monkeypatch.setattr(variants, "need_scene_words", lambda tokenizer: None)

@@ -1,11 +1,9 @@
 """What is compared: other data, other models, and what they are asked for."""
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CONTROL, fails, refused
-from toys import WORDS, record_lessons, toy_checkpoint
+from toys import WORDS, draw_scenes, few_scenes, record_lessons, toy_checkpoint
 
 import data as data_file
 import train
@@ -15,19 +13,12 @@ from experiments import ablations, understanding, variants, video
 from experiments.variants import TABLES, VARIANTS, LabelClassifier, halves
 
 IMAGES = 16  # two steps
-SMALL = dict(steps=2, batch_size=8, lr=1e-3, patch_size=8, width=32, heads=2, encoder_layers=1,
-             encoder_mlp=32, n_uni=1, n_multi=1, decoder_mlp=32, n_query=4)
-draw_scenes = functools.cache(data_file.shapes)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few scenes, and a small model."""
-    def few(split, size, seed, subset=0):
-        return data_file.select(draw_scenes(split, size, seed, 16), range(16))
-
-    monkeypatch.setattr(data_file, "shapes", few)
-    monkeypatch.setitem(train.PRESETS, "shapes", SMALL)
+    few_scenes(monkeypatch)
 
 
 def settings(*flags):

@@ -1,4 +1,5 @@
 """A random checkpoint that knows the words of scenes, and a look at what a task would learn."""
+import functools
 from collections import namedtuple
 from dataclasses import asdict
 from unittest import mock
@@ -8,12 +9,26 @@ import torch
 from helpers import CONTROL
 from PIL import Image
 
+import data as data_file
+import train
 from data import COLOURS, RADII, SHAPES, Tokenizer
 from eval import FORMAT
 
 SPECIAL = ["<pad>", "<begin>", "<end>", "<unk>"]
 WORDS = [*SPECIAL, *COLOURS, *SHAPES, *RADII, *"a at the top bottom left right and".split()]
+SMALL = dict(steps=2, batch_size=8, lr=1e-3, patch_size=8, width=32, heads=2, encoder_layers=1,
+             encoder_mlp=32, n_uni=1, n_multi=1, decoder_mlp=32, n_query=4)
+draw_scenes = functools.cache(data_file.shapes)
 COLUMNS = ["step", "images", "loss_con", "loss_cap", "loss"]
+
+
+def few_scenes(patch):
+    """Sixteen scenes a split, and a small model that sees them in two steps."""
+    def few(split, size, seed, subset=0):
+        return data_file.select(draw_scenes(split, size, seed, 16), range(16))
+
+    patch.setattr(data_file, "shapes", few)
+    patch.setitem(train.PRESETS, "shapes", SMALL)
 
 
 def toy_checkpoint(words=WORDS, **changes):
