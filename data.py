@@ -3,7 +3,7 @@
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
     load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ...
-    load("captions", "DIR")       a table of captions and its pictures, see captions_table
+    load("captions", "DIR")       a table DIR/captions.csv: lines of image,caption
 
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
@@ -13,11 +13,10 @@ import csv
 import dataclasses
 import hashlib
 import http.client
-import io
 import json
+import math
 import os
 import pickle
-import posixpath
 import re
 import sys
 import tarfile
@@ -25,7 +24,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import permutations, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,56 +36,8 @@ from tqdm import tqdm
 from coca import BEGIN, END, PAD, UNKNOWN
 
 
-class UserError(Exception):
-    """Something that the user can put right: one line that says what, where, and what to do."""
-
-
-def run_program(main):
-    """Runs main. What the user can put right, and Ctrl-C, end it with one line."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}" if first_process() else 1)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-
-
-def first_process():
-    """Under torchrun several processes do the same; only the first prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def note(text):
-    if first_process():
-        tqdm.write(f"note: {text}", file=sys.stderr)  # above a progress bar, not into it
-
-
-def pillow():
-    """Pillow's Image module: imported only where pictures are read or written."""
-    try:
-        from PIL import Image
-        return Image
-    except ImportError:
-        raise UserError("pictures need Pillow; run: pip install pillow") from None
-
-
-def new_file(path):
-    """For argparse: the path, if a new file can be made there. So it is known before the work."""
-    try:
-        open(path, "x").close()
-        os.remove(path)
-    except FileExistsError:
-        raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
-    except OSError as e:
-        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give "
-                                         "another") from None
-    return path
-
-
 # ------------------------------------------------------------------------------------------------
-# What everybody needs: Dataset, load, Tokenizer, Batches
+# Dataset and load
 
 
 @dataclass
@@ -100,6 +51,7 @@ class Dataset:
     templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
     names: list = field(default_factory=list)  # N file names, where images are files
     augment: bool = False  # crop and flip in training
+    source: str = "generated scenes"  # the file or folder that they are from
 
     def __len__(self):
         return len(self.images)
@@ -114,12 +66,6 @@ def select(data, rows):
     if data.names:
         chosen.names = [data.names[i] for i in rows]
     return chosen
-
-
-def fingerprint(data):
-    """What a run remembers of its data: how many images, and a hash of their names and captions."""
-    text = json.dumps([data.names, data.captions])
-    return f"{len(data)} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 NAMES = ["shapes", "cifar10", "cifar100", "coco", "captions"]
@@ -174,16 +120,9 @@ def pick(count, split, subset, val_from_train):
     return rows
 
 
-CHARACTERS = map(chr, range(0x300, 0xFE30))
-MARKS = "".join(c for c in CHARACTERS if unicodedata.category(c).startswith("M"))
-# Thai, Lao, Khmer, kana and Han are written without blanks: each letter counts as a word
-LETTERS = "\u0e00-\u0eff\u1780-\u17ff\u3000-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff" \
-          "\uff00-\uffef\U00020000-\U000323af"
-OTHER = rf"(?:(?![{LETTERS}])[\w{MARKS}])+"
-# Numbers like 3.5; letters; words like t-shirt, with accents, and "man's" as man 's; punctuation
-WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{LETTERS}][{MARKS}]*|['’]?{OTHER}(?:-{OTHER})*|[^\w\s]")
-NO_BLANK = re.compile(rf" (?=['’](?:[sdmt]|re|ve|ll)\b|['’](?: |$)|[.,;:!?%)\]])|(?<=[(\[]) |"
-                      rf"(?<=[{LETTERS}{MARKS}]) (?=[{LETTERS}])")  # where decode joins words
+# Numbers like 3.5; words like t-shirt, and "man's" as man 's; punctuation
+WORD = re.compile(r"\d+(?:[.,]\d+)+|['’]?\w+(?:-\w+)*|[^\w\s]")
+NO_BLANK = re.compile(r" (?=['’](?:[sdmt]|re|ve|ll)\b|['’](?: |$)|[.,;:!?%)\]])|(?<=[(\[]) ")
 
 
 def words(text):
@@ -442,64 +381,23 @@ CIFAR = {
 }
 
 
-class PickledType:
-    """Stands for numpy.dtype in a pickle."""
+class Stub:
+    """Stands for a numpy array and its dtype in a pickle: keeps what is said of it, runs nothing."""
 
-    def __init__(self, name, *flags):
-        self.name = name
-
-    def __setstate__(self, state):
-        if state[1] == ">":
-            raise pickle.UnpicklingError("big-endian numbers")
-
-
-class PickledArray:
-    """Stands for numpy.ndarray in a pickle."""
-
-    def __init__(self, *ignored):
-        self.array = None
+    def __init__(self, *args):
+        self.args = args
 
     def __setstate__(self, state):
-        _, shape, kind, fortran, content = state
-        self.array = numbers(content, kind, shape, "F" if fortran else "C")
-
-
-def numbers(content, kind, shape, order="C"):
-    """Bytes, a PickledType and a shape -> array of integers, the only kind there is in CIFAR."""
-    if not re.fullmatch("[iu][1248]", kind.name):
-        raise pickle.UnpicklingError(f"numbers of type {kind.name}")
-    if isinstance(content, str):  # of Python 2
-        content = content.encode("latin1")
-    return np.frombuffer(content, kind.name).reshape(shape, order=order)
-
-
-def number(kind, content):
-    return int(numbers(content, kind, ()))
-
-
-def encode(text, encoding):
-    return text.encode("latin1")
-
-
-# For what numpy 1 and 2 write of arrays and integers, and Python of bytes. (__call__: a pickle
-# could set attributes of a function, but not of a method)
-STAND_INS = {
-    "dtype": PickledType,
-    "ndarray": PickledArray,
-    "_reconstruct": PickledArray,
-    "_frombuffer": numbers.__call__,
-    "scalar": number.__call__,
-    "encode": encode.__call__,
-}
+        self.state = state
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain containers and arrays of integers. It calls STAND_INS and nothing else."""
+    """Unpickles plain containers; arrays become Stubs. (numpy's own would trust a file's dtypes.)"""
 
     def find_class(self, module, name):
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in STAND_INS:
+        if module.split(".")[0] != "numpy" or name not in ("_reconstruct", "ndarray", "dtype"):
             raise pickle.UnpicklingError(f"it wants to run {module}.{name}, as no CIFAR file does")
-        return STAND_INS[name]
+        return Stub
 
 
 def read_cifar(path, key, classes=()):
@@ -509,16 +407,17 @@ def read_cifar(path, key, classes=()):
     try:
         with open(path, "rb") as f:
             content = PlainUnpickler(f, encoding="latin1").load()
-        found = content[key]
         if not classes:
-            return [name.replace("_", " ") for name in found]
-        labels = np.array([label.__index__() for label in getattr(found, "array", found)])
-        images = getattr(content["data"], "array", content["data"])
-        if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
-            raise ValueError("not 3072 bytes for each label")
-        if not 0 <= labels.min() <= labels.max() < len(classes):
+            return [name.replace("_", " ") for name in content[key]]
+        labels = np.array(content[key])
+        if labels.dtype.kind != "i" or not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError(f"labels other than 0 to {len(classes) - 1}")
-        return labels, images.reshape(-1, 3, 32, 32)
+        _, shape, kind, by_columns, pixels = content["data"].state
+        if (kind.args[0], *shape, by_columns) != ("u1", *labels.shape, 3072, False):
+            raise ValueError("not 3072 bytes for each label")
+        if isinstance(pixels, str):  # of Python 2
+            pixels = pixels.encode("latin1")
+        return labels, np.frombuffer(pixels, np.uint8).reshape(len(labels), 3, 32, 32)
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run "
                         "again with --download") from None
@@ -586,16 +485,20 @@ def fetch(url, md5, folder):
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
 
 
+def pillow():
+    """Pillow's Image module: imported only where pictures are read or written."""
+    try:
+        from PIL import Image
+        return Image
+    except ImportError:
+        raise UserError("pictures need Pillow; run: pip install pillow") from None
+
+
 def to_rgb(image):
     """A Pillow image of any mode as a viewer shows it: RGB, transparent parts white."""
     Image = pillow()
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which convert() would cut at 255
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F" and values.max() <= 1:
-            values = values * 255
-        elif values.max() > 255:  # 16 bits; else they are 8-bit values in a larger container
-            values = values / 256
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):  # which convert() would cut at 255
+        raise ValueError("more than 8 bits a channel; convert it to 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -622,110 +525,53 @@ def read_image(path, size):
         raise UserError(f"{path}: not a readable image of {', '.join(FORMATS)} ({e})") from None
 
 
-TO_DO, DONE, BROKEN = 0, 1, 2  # states of a picture in the cache
+def cached_images(paths, size, name):
+    """Decodes each picture once -> (N, 3, size, size) uint8, kept in ~/.cache/coca or $COCA_CACHE.
 
-
-def cached_images(paths, rows, size, name):
-    """Decodes each of paths[rows] once -> which rows can be read, their images (n, 3, size, size).
-
-    They are kept in ~/.cache/coca (or $COCA_CACHE), in one file for all paths, whatever the subset.
-    Its name is a hash of all paths, dates, lengths and the size in pixels: if one changes, a new
-    file is made. (Old ones stay until you delete them.) Behind the pixels a byte says of each
-    picture whether it is TO_DO, DONE or BROKEN. These are written last: a killed run leaves only
-    pictures to do.
+    The file's name is a hash of all paths, dates, lengths and the size in pixels: if one changes, a
+    new file is made. (Old ones stay until you delete them.)
     """
     facts = [size]
     for path in paths:
-        facts.append([os.path.abspath(path)])
-        if os.path.isfile(path):
-            found = os.stat(path)
-            facts[-1] += [found.st_mtime_ns, found.st_size]
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file; put it back, or take it out of the table")
+        found = os.stat(path)
+        facts.append([path, found.st_mtime_ns, found.st_size])
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
     file = folder / f"{name}-{size}px-{fingerprint[:32]}"
-    pixels = len(paths) * 3 * size * size
+    shape = (len(paths), 3, size, size)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab") as f:
-            f.truncate(pixels + len(paths))  # new bytes are 0, and take no space yet
-        states = np.fromfile(file, np.uint8, offset=pixels)
-        to_do = rows[states[rows] == TO_DO]
-        if len(to_do):
-            decode_into(file, paths, to_do, size, states, name)
+        if not file.exists() or file.stat().st_size != math.prod(shape):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as f:
+                decode_into(f, paths, size, name)
     except OSError as e:
         raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
                         "set COCA_CACHE to a folder that can be written") from None
-    images = np.memmap(file, np.uint8, "r", shape=(len(paths), 3, size, size))
-    good = rows[states[rows] == DONE]
-    return good, images if len(good) == len(images) else images[good]
+    return np.memmap(file, np.uint8, "r", shape=shape)
 
 
-def decode_into(file, paths, rows, size, states, name):
-    """Writes pixels and states of paths[rows] to their places in the file."""
-    def decode(i):
+def decode_into(f, paths, size, name):
+    pillow()  # its absence should show at once
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = pool.map(read_image, paths, repeat(size))  # Pillow releases Python's lock
         try:
-            return read_image(paths[i], size)
-        except UserError:
-            return None
-
-    pillow()  # its absence should show at once, not image by image
-    # f.write and no memory map: on a full disk it raises an error, a map would kill the process
-    with open(file, "r+b") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = pool.map(decode, rows)  # Pillow releases Python's lock
-        try:
-            images = tqdm(images, f"decoding {name}", len(rows), leave=False)
-            for i, image in zip(rows.tolist(), images):
-                states[i] = BROKEN
-                if image is not None:
-                    f.seek(i * image.size)
-                    f.write(image.tobytes())
-                    states[i] = DONE
+            for image in tqdm(images, f"decoding {name}", len(paths), leave=False):
+                f.write(image.tobytes())
         finally:
             pool.shutdown(cancel_futures=True)
-        f.flush()
-        os.fsync(f.fileno())
-        f.seek(-len(paths), os.SEEK_END)
-        f.write(states.tobytes())
 
 
 def captioned_images(captions, pick_rows, size, name, source):
-    """captions: {path: [caption, ...]} -> Dataset. source: the file that names the paths.
-
-    Pictures that are missing or cannot be read are skipped, up to 1 % of them (one, of less than
-    100).
-    """
-    kept = {}
-    for path, texts in captions.items():
-        kept[path] = [text for text in texts if text.strip()]
-    empty = sum(map(len, captions.values())) - sum(map(len, kept.values()))
-    if empty:
-        note(f"{source}: {empty} empty captions skipped")
-    paths = sorted(path for path in kept if kept[path])
+    """captions: {path: [caption, ...]} -> Dataset. source: the file that names the paths."""
+    paths = sorted(captions)
     if not paths:
         raise UserError(f"{source}: no pictures with captions; check the file")
-    rows = pick_rows(len(paths))
-    missing = [i for i in rows if not os.path.isfile(paths[i])]
-    allowed = min(max(1, len(rows) // 100), len(rows) - 1)
-    if len(missing) <= allowed:
-        good, images = cached_images(paths, rows, size, name)
-        missing = np.setdiff1d(rows, good)
-    if len(missing):
-        reasons = "; ".join(why_broken(paths[i], size) for i in missing[:3])
-        text = (f"{source}: {len(missing)} of {len(rows)} pictures cannot be read, as these: "
-                f"{reasons}")
-        if len(missing) > allowed:
-            raise UserError(f"{text}. Too many: put them back, or take them out of the table")
-        note(f"{text}; skipped")
-    names = [os.path.basename(paths[i]) for i in good]
-    return Dataset(images, [kept[paths[i]] for i in good], names=names, augment=True)
-
-
-def why_broken(path, size):
-    try:
-        read_image(path, size)
-        return f"{path}: was broken when it was read first; delete the cache"
-    except UserError as e:
-        return str(e)
+    paths = [paths[i] for i in pick_rows(len(paths))]
+    images = cached_images(paths, size, name)
+    names = [os.path.basename(path) for path in paths]
+    return Dataset(images, [captions[path] for path in paths], names=names, augment=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -768,295 +614,144 @@ def coco(data_dir, part):
 
 def coco_captions(source, folder):
     captions = defaultdict(list)
-    unlisted = 0
+    skipped = 0
     with one_error(source):
         content = json.loads(read_text(source))
         paths = {}
         for image in content["images"]:
             paths[image["id"]] = os.path.join(folder, image["file_name"])
         for annotation in content["annotations"]:
-            if annotation["image_id"] in paths:
-                captions[paths[annotation["image_id"]]].append((annotation["caption"] or "") + "")
+            text = annotation["caption"] or ""
+            if annotation["image_id"] in paths and text.strip():
+                captions[paths[annotation["image_id"]]].append(text)
             else:
-                unlisted += 1
-    if unlisted:
-        note(f"{source}: {unlisted} captions of images that it does not list skipped")
+                skipped += 1
+    if skipped:
+        note(f"{source}: {skipped} captions skipped, empty or of images that it does not list")
     return captions
 
 
 # ------------------------------------------------------------------------------------------------
-# captions: a table of your own, or Flickr8k, Flickr30k and Karpathy's splits as downloaded
-
-PICTURE_COLUMNS = ["image", "image_name", "file_name", "filename", "filepath", "name"]  # columns
-CAPTION_COLUMNS = ["caption", "comment", "text", "title", "sentence"]  # the first that is there
-FOLDERS = ["", "Images", "images", "Flicker8k_Dataset", "flickr30k_images"]  # of pictures
-SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "valid": "val",
-               "validation": "val", "dev": "val", "test": "test"}
-
-
-class Row(NamedTuple):
-    """Of a table: a picture's name, its captions, its split ("" = not said), the line's number."""
-
-    picture: str
-    captions: list
-    split: str
-    line: int
+# captions: a table of your own. (Other kinds of tables: python -m experiments.tables)
 
 
 def captions_table(data_dir, part):
-    """-> {path: [caption, ...]}, the file they are from.
+    """-> {path: [caption, ...]}, the file they are from: captions.csv or captions.txt in data_dir.
 
-    Which file: data_dir itself if it is one; train.csv and test.csv (or val.csv), the two splits;
-    captions.txt; captions.csv; else the only table there is.
-    Which split: what the table's split column, Karpathy's file or Flickr8k's lists say: train and
-    restval are learned from; test is evaluated on, or val where there is no test. Else a hash of a
-    picture's name chooses one in ten to evaluate on.
+    Pictures are below data_dir or data_dir/Images. split: train is learned from; test is evaluated
+    on, or val where there is no test. Without it a hash of a picture's name chooses one in ten.
     """
-    folder = os.path.abspath(data_dir if data_dir.is_dir() else data_dir.parent)
-    known = [os.path.join(folder, name) for name in FOLDERS]
-    subfolders = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
-    listed = flickr8k_lists(folder)
-    paths = {}  # of each picture's name
-    captions = defaultdict(list)  # of each path
-    splits = {}  # of each path
-    for table, of_table in find_tables(data_dir).items():
-        for row in read_table(table):
-            name = posixpath.normpath(row.picture.strip().replace("\\", "/"))
-            if name not in paths:
-                paths[name] = find_picture(name, known, subfolders)
-            path = paths[name]
-            captions[path] += row.captions
-            split = of_table or row.split or listed.get(posixpath.basename(name), "")
-            if splits.setdefault(path, split) != split:
-                raise UserError(f"{table}: line {row.line}: {name} is in two splits, {split} and "
-                                f"{splits[path]}; take it out of one")
-    learned = {path for path in captions if splits[path] == "train"}
-    tested = {path for path in captions if splits[path] == "test"}
-    tested = tested or {path for path in captions if splits[path] == "val"}
-    if captions and not any(splits.values()):
-        tested = {paths[name] for name in held_out(paths)}
+    found = [data_dir / name for name in ("captions.csv", "captions.txt")]
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise UserError(f"{data_dir}: no captions.csv there; python -m experiments.tables makes it "
+                        "of other tables")
+    captions = defaultdict(list)
+    paths = defaultdict(set)  # of each split
+    for picture, caption, split in table_rows(found[0]):
+        path = os.path.join(data_dir, picture)
+        if not os.path.isfile(path):
+            path = os.path.join(data_dir, "Images", picture)
+        path = os.path.abspath(path)
+        captions[path].append(caption)
+        paths[split].add(path)
+    learned = paths["train"]
+    tested = paths["test"] or paths["val"]
+    if paths[""]:
+        names = held_out([os.path.basename(path) for path in captions])
+        tested = {path for path in captions if os.path.basename(path) in names}
         learned = captions.keys() - tested
+    for path in learned & tested:
+        raise UserError(f"{found[0]}: {path} is in two splits; take it out of one")
     if not learned or not tested:
-        raise UserError(f"{table}: {len(learned)} pictures to learn from and {len(tested)} to "
-                        "evaluate on; give at least one of each")
-    chosen = tested
-    if part == "train":
-        chosen = learned
-    return {path: captions[path] for path in chosen}, table
+        raise UserError(f"{found[0]}: {len(learned)} pictures to learn from and {len(tested)} to "
+                        "evaluate on; give at least one of each, for example by a column split")
+    chosen = learned if part == "train" else tested
+    return {path: captions[path] for path in chosen}, found[0]
 
 
-def find_tables(data_dir):
-    """-> {table: the split it holds, "" = it holds both}."""
-    if data_dir.is_file():
-        return {data_dir: ""}
-    files = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.name[0] != "."}
-    for name in ("test.csv", "val.csv"):
-        if "train.csv" in files and name in files:
-            return {files["train.csv"]: "train", files[name]: "test"}
-    for name in ("captions.txt", "captions.csv"):
-        if name in files:
-            return {files[name]: ""}
-    kinds = r".*\.(csv|tsv)|.*(?<!lemma)\.token\.txt|dataset_.*\.json"
-    found = [path for name, path in files.items() if re.fullmatch(kinds, name)]
-    if len(found) == 1:
-        return {found[0]: ""}
-    names = ", ".join(path.name for path in found) or "none; its first line must be image,caption"
-    raise UserError(f"{data_dir}: one table of captions is needed, there is {names}; name it: "
-                    f"--data-dir {data_dir / 'TABLE'}")
-
-
-def read_table(path):
-    """A table of any kind -> its Rows."""
+def table_rows(path):
+    """Of each line the picture, a caption and the split, "" if the table does not say."""
     with one_error(path):
-        text = read_text(path)
-        if path.suffix.lower() == ".json":
-            yield from karpathy_rows(text)
-        elif re.match(r"[^\t\n]+#\d+\t", text):
-            yield from token_rows(text)
-        else:
-            yield from column_rows(text)
-
-
-def karpathy_rows(text):
-    """Karpathy's dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json."""
-    for image in json.loads(text)["images"]:
-        name = posixpath.join(image.get("filepath", ""), image["filename"])
-        yield Row(name, [sentence["raw"] + "" for sentence in image["sentences"]],
-                  SPLIT_NAMES[image["split"]], 0)
-
-
-def token_rows(text):
-    """Flickr8k.token.txt: lines of name.jpg#0<TAB>caption. One of its names ends in .jpg.1."""
-    for number, line in enumerate(text.split("\n"), 1):
-        match = re.fullmatch(r"(.+?)((?<=\.jpg)\.1)?#\d+\t(.*)", line)
-        if match:
-            yield Row(match[1], [match[3]], "", number)
-        elif line.strip():
-            raise ValueError(f"line {number} is not name#number<TAB>caption")
-
-
-def flickr8k_lists(folder):
-    """Flickr_8k.trainImages.txt and .testImages.txt -> {picture: split}, {} if one is missing."""
-    lists = {split: Path(folder, f"Flickr_8k.{split}Images.txt") for split in ("train", "test")}
-    splits = {}
-    if all(path.is_file() for path in lists.values()):
-        for split, path in lists.items():
-            with one_error(path):
-                splits.update(dict.fromkeys(read_text(path).split(), split))
-    return splits
-
-
-def csv_rows(text, delimiter):
-    """-> the line that each row starts at, its cells; without empty rows."""
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        for cells in reader:
-            if "".join(cells).strip():
-                yield line, cells
-            line = reader.line_num + 1
-    except csv.Error as e:
-        raise ValueError(f"line {line}: {e}: a quote is not closed, or not doubled within a "
-                         "caption") from None
-
-
-def column_rows(text):
-    """A table with a header line: a column of pictures, one or more of captions, maybe a split."""
-    delimiter = max(",|;\t", key=text.lstrip("\n").split("\n")[0].count)
-    rows = csv_rows(text, delimiter)
-    _, header = next(rows, (1, []))
-    header = [re.sub(r"[ _.]?\d+$", "", name.strip().lower()) for name in header]
-    pictures = [header.index(name) for name in PICTURE_COLUMNS if name in header]
-    kind = next((name for name in CAPTION_COLUMNS if name in header), None)
-    if not pictures or not kind:
-        raise ValueError("line 1: must name the columns, such as image,caption, not "
-                         f"{header!s:.80}")
-    names = set()
-    broken = []  # cells with a line break
-    for line, cells in rows:
-        if len(cells) == 2 and delimiter == "|" and header[1:] == ["comment_number", "comment"]:
-            # Flickr30k has one row that lacks its second bar
-            cells[1:] = re.sub(r"^(\s*\d+)\s", r"\1|", cells[1]).split("|")
-        if len(cells) != len(header):
-            raise ValueError(f"line {line}: {len(cells)} cells, but {len(header)} columns; quote "
-                             f"captions that hold {delimiter!r} or a line break")
-        picture = cells[pictures[0]].strip()
-        if not picture or "\n" in picture:
-            raise ValueError(f"line {line}: no picture's name, or one of two lines")
-        names.add(picture)
-        broken += [(line, cell) for cell in cells if "\n" in cell]
-        split = ""
-        if "split" in header:
-            split = cells[header.index("split")].strip().lower()
-            if split not in SPLIT_NAMES:
-                raise ValueError(f"line {line}: the split is {split!r}; write train, val or test")
-        captions = [cell.strip() for name, cell in zip(header, cells) if name == kind]
-        if captions[0].startswith(("['", '["')):
-            raise ValueError(f"line {line}: a list of captions; give each a row of its own")
-        yield Row(picture, captions, SPLIT_NAMES.get(split, ""), line)
-    # A quote that is closed too late swallows rows: names of pictures then stand inside a cell
-    endings = tuple({posixpath.splitext(name)[1] for name in names} - {""})
-    for line, cell in broken:
-        for name in cell.partition("\n")[2].replace("\n", delimiter).split(delimiter):
-            if name.strip() in names or name.strip().endswith(endings):
-                raise ValueError(f"line {line}: a quote is opened here and closed behind "
-                                 f"{name.strip()}")
-
-
-def find_picture(name, known, subfolders):
-    """Path of a picture: the name below the first of the known folders that holds it, or below the
-    only subfolder that does. (An absolute name is its own path.)
-    """
-    for folder in known:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            return path
-    holders = [folder for folder in subfolders if os.path.isfile(os.path.join(folder, name))]
-    if len(holders) == 1:
-        return os.path.join(holders[0], name)
-    return os.path.join(known[0], name)  # it is missing there
+        header, *lines = read_text(path).split("\n")
+        if header not in ("image,caption", "image,caption,split"):
+            raise UserError(f"{path}: line 1 must be image,caption or image,caption,split; python "
+                            "-m experiments.tables makes that of other tables")
+        for number, line in enumerate(lines, 2):
+            if not line:
+                continue
+            try:
+                cells, = csv.reader([line], strict=True)
+            except csv.Error as e:
+                raise ValueError(f"line {number}: {e}: a quote is not closed, or not doubled within "
+                                 "a caption") from None
+            if len(cells) != header.count(",") + 1 or not all(cell.strip() for cell in cells):
+                raise ValueError(f"line {number}: must be {header}; quote captions that hold a "
+                                 "comma")
+            picture, caption, split = [*cells, ""][:3]
+            if split not in ("", "train", "val", "test"):
+                raise ValueError(f"line {number}: the split is {split!r}; write train, val or test")
+            yield picture, caption, split
 
 
 def held_out(names):
-    """About one name in ten for evaluation, at least one, by a hash of it.
+    """About one name in ten for evaluation, at least one, by a hash: a new file moves no old one.
 
-    Of the name below the folder that all have in common. So moving that folder changes no split,
-    and a new file there changes the split of no old one. (If no hash was small enough, one name was
-    chosen all the same; a new file may replace it.)
+    (If no hash was small enough, one name was chosen all the same; a new file may replace it.)
     """
-    try:
-        root = posixpath.commonpath([posixpath.dirname(name) for name in names])
-    except ValueError:  # absolute and relative ones
-        root = ""
-    digest = {}
-    for name in names:
-        below = posixpath.relpath(name, root) if root else name
-        digest[name] = hashlib.sha256(below.encode()).digest()
+    digest = {name: hashlib.sha256(name.encode()).digest() for name in names}
     chosen = {name for name in names if digest[name][0] < 26}
     return chosen or {min(names, key=digest.get)}
 
 
 # ------------------------------------------------------------------------------------------------
-# De-duplication (Sec. 4.1): no near-copy of an evaluation image may be trained on
-
-THRESHOLD = 0.955  # of two thumbnails' cosine; see python -m experiments.dedup --measure
+# Programs: what they say, how they end, and files that are whole or not there
 
 
-def thumbnails(images):
-    """images (N, 3, H, W) uint8 -> (N, 192): 8 x 8 pixels, brightness and contrast taken off."""
-    parts = []
-    for i in range(0, len(images), 2000):
-        x = torch.from_numpy(np.array(images[i:i + 2000])).float()
-        x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
-        parts.append(F.normalize(x - x.mean(1, keepdim=True)))
-    return torch.cat(parts)
+def run_program(main):
+    """Runs main. What the user can put right, and Ctrl-C, end it with one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}" if first_process() else 1)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
 
 
-def slight_crops(images, mirrored):
-    """The images, then 13 crops of 95 and 90 % of their sides: cropped copies are near one."""
-    S = images.shape[-1]
-    for share, places in ((1, [0]), (0.95, [0, 1]), (0.9, [0, 0.5, 1])):
-        side = round(share * S)
-        for y in places:
-            for x in places:
-                top = round(y * (S - side))
-                left = round(x * (S - side))
-                crop = images[:, :, top:top + side, left:left + side]
-                yield crop
-                if mirrored:
-                    yield crop[..., ::-1]
+def first_process():
+    """Under torchrun several processes do the same; only the first prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
-    """Which images (N, 3, S, S) are near-copies of evaluation images (M, 3, S', S')?
-
-    All are compared with all -> the evaluation image each is nearest to (N,), -1 = it is no copy;
-    the cosine (N,), 0 = it is no copy; which of the evaluation images have a copy (M,).
-    """
-    own = thumbnails(images)                                            # (N, 192)
-    nearest = torch.full((len(images),), -1)
-    similarity = torch.zeros(len(images))
-    copied = torch.zeros(len(evaluation), dtype=torch.bool)
-    crops = slight_crops(evaluation, mirrored)
-    for crop in tqdm(crops, "looking for duplicates", 14 * (1 + mirrored), leave=False):
-        others = thumbnails(crop).T                                     # (192, M)
-        for rows in torch.arange(len(images)).split(2000):
-            cosine = own[rows] @ others                                 # (2000, M)
-            for i in (cosine.amax(1) > threshold).nonzero()[:, 0]:  # few
-                copied |= cosine[i] > threshold
-                best, where = cosine[i].max(0)
-                if best > similarity[rows[i]]:
-                    nearest[rows[i]] = where
-                    similarity[rows[i]] = best
-    return nearest.numpy(), similarity.numpy(), copied.numpy()
+def note(text):
+    if first_process():
+        tqdm.write(f"note: {text}", file=sys.stderr)  # above a progress bar, not into it
 
 
-def without_duplicates(data, evaluation, mirrored=False):
-    """data without the near-duplicates of the evaluation images; says how many."""
-    nearest, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
-    kept = np.flatnonzero(nearest < 0)
-    note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, "
-         f"near-duplicates of {copied.sum():,} of {len(evaluation):,} evaluation images")
-    if not len(kept):
-        raise UserError("all training images are near-duplicates of evaluation images")
-    return select(data, kept)
+def new_file(path):
+    """For argparse: the path, if a new file can be made there. So it is known before the work."""
+    try:
+        open(path, "x").close()
+        os.remove(path)
+    except FileExistsError:
+        raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give "
+                                         "another") from None
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Opens a file beside path that takes its place when it is written: never half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

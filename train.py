@@ -20,7 +20,6 @@ import itertools
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from dataclasses import asdict, fields
@@ -52,106 +51,11 @@ from data import (
     fingerprint,
     load,
     note,
+    replacing,
     run_program,
     to_model,
-    without_duplicates,
 )
 from eval import FORMAT, evaluate, load_checkpoint, pick_device
-
-# ------------------------------------------------------------------------------------------------
-# Settings
-
-# Settings that depend on the data. The paper's learning rate is 8e-4 (Sec. 4.1), for models that
-# are hundreds of times larger and 500,000 steps. Those of shapes, cifar10 and captions were chosen
-# on training images kept apart (--val-from-train); cifar100 and coco take them over.
-CIFARS = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
-CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
-PRESETS = {
-    "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, patch_size=8),
-    "cifar10": CIFARS,
-    "cifar100": CIFARS,
-    "coco": CAPTIONS,
-    "captions": CAPTIONS,
-}
-PARTS = {  # what --train and --fresh name
-    "encoder": ["encoder"],
-    "poolers": ["generative_pooler", "contrastive_pooler"],
-    "decoder": ["unimodal", "multimodal"],
-}
-# On --resume: these change the result by rounding at most
-MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile", "save_every"]
-NOT_KEPT = ["help", "out", "resume", "device", "download"]
-
-
-def parse_args(argv=None):
-    """-> settings and, with --resume or --init, what load_checkpoint gives.
-
-    What no flag says comes from the checkpoint (--resume: all; --init: sizes and loss weights),
-    else from --config, else from PRESETS, else from the tiny configuration and the defaults here.
-    """
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], usage="python train.py [options]", add_help=False,
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = p.add_argument
-    flag("--help", "-h", action="store_true", help="these lines, with the defaults that apply")
-    flag("--data", choices=NAMES, default="shapes", help="what to train on")
-    flag("--data-dir", type=os.path.abspath, help="folder of the data")
-    flag("--download", action="store_true", help="fetch CIFAR into --data-dir first")
-    flag("--subset", type=at_least(0), default=0, help="that many training images, 0 = all")
-    flag("--val-from-train", type=at_least(0), default=0, metavar="N",
-         help="tuning: evaluate on N training images, kept apart")
-    flag("--dedup", action="store_true", help="no near-copies of evaluation images, Sec. 4.1")
-    flag("--config", choices=CONFIGS, help="sizes of Table 1 instead of the data's")
-    flag("--init", type=os.path.abspath, help="start from this checkpoint's sizes, vocabulary and "
-         "weights; positions are interpolated to --image-size")
-    flag("--fresh", nargs="+", choices=PARTS, default=[],
-         help="parts not from --init; a fresh decoder learns a new vocabulary too")
-    flag("--train", nargs="+", choices=PARTS, default=list(PARTS),
-         help="parts that learn, beside the temperature")
-    flag("--steps", type=at_least(1), help="training steps")
-    flag("--batch-size", type=at_least(2), help="images a step: N of Eq. (2)")
-    flag("--lr", type=at_least(0, float), help="peak learning rate")
-    flag("--lambda-con", type=at_least(0, float), help="weight of Eq. (2) in Eq. (4)")
-    flag("--lambda-cap", type=at_least(0, float), help="weight of Eq. (3) in Eq. (4)")
-    flag("--pooler", choices=["cascade", "parallel"], help="Table 8f")
-    flag("--n-query", type=at_least(0), help="of the generative pooler, 0 = it is left out")
-    flag("--n-uni", type=at_least(1), help="unimodal decoder layers, Table 8d")
-    flag("--n-multi", type=at_least(1), help="multimodal decoder layers, Table 8d")
-    flag("--encoder-layers", type=at_least(0), help="0 = no encoder, patches go straight on")
-    flag("--image-size", type=at_least(1), help="pixels a side")
-    flag("--seed", type=at_least(0, high=2**32), default=0, help="of weights, order and scenes")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
-    flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
-    flag("--resume", action="store_true", help="go on with the run in --out")
-    flag("--save-every", type=at_least(1, float), default=30, metavar="SECONDS",
-         help="between checkpoints; longer if saving would take over 5 %% of the time")
-    flag("--accum", type=at_least(1), default=1, help="parts to compute a batch in, same gradients")
-    flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
-         help="recompute activations in backward: less memory, same gradients")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
-         help="torch.compile: worth its minute for large models on a GPU")
-
-    given = p.parse_args(argv)
-    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None)
-    p.set_defaults(**PRESETS[given.data])
-    if given.config:
-        p.set_defaults(**asdict(CONFIGS[given.config]))
-    if given.help:
-        p.print_help()
-        sys.exit()
-    check_flags(p, given)
-    source = None
-    if given.resume:
-        source = load_checkpoint(Path(given.out) / "checkpoint.pt")
-        p.set_defaults(**source[2]["config"])
-        p.set_defaults(**source[2]["settings"])
-    elif given.init:
-        source = load_checkpoint(given.init)
-        p.set_defaults(**source[2]["config"])
-    s = p.parse_args(argv)
-    check_settings(p, s, source)
-    return s, source
-
 
 # ------------------------------------------------------------------------------------------------
 # The loop
@@ -213,266 +117,6 @@ def half_precision(device):
     kind = torch.device(device).type
     has_it = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(kind, torch.bfloat16, enabled=has_it)
-
-
-# ------------------------------------------------------------------------------------------------
-# A run: what it is made of, and what it leaves behind
-
-
-def main(argv=None):
-    s, source = parse_args(argv)
-    rank, world = join_processes(s)
-    with run_folder(s, rank):
-        data, val = load_data(s, rank)
-        if s.resume:
-            model, tokenizer, checkpoint = source
-        else:
-            model, tokenizer = new_model(s, data, source)
-        del source  # frees what --init loaded: its optimizer's state is twice the model
-        prepare(model.to(s.device), s)
-        optimizer = make_optimizer(model)
-        rows = []  # of metrics, one a step
-        if s.resume:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            rows = checkpoint["metrics"].tolist()
-        n = s.batch_size // world
-        own = slice(rank * n, rank * n + n)  # of each batch, this process's share
-        batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed, own, s.device)
-        if rank == 0:
-            describe(s, model, batches)
-        stopped = run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world)
-        if rank == 0:
-            go_on = f"python train.py --out {shlex.quote(s.out)} --resume"
-            if stopped:
-                print(f"\nstopped after step {len(rows)}, saved; go on with: {go_on}")
-                sys.exit(128 + stopped[0])
-            print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
-                  f"{rows[-1][SECONDS]:.0f} s of training on {s.device}")
-            evaluate(model, tokenizer, vars(s), notes=False)
-            print(f"saved: {s.out}/checkpoint.pt, {s.out}/metrics.csv")
-            if s.lambda_cap:
-                print(f"next:  python eval.py {shlex.quote(s.out)}/checkpoint.pt --image YOUR.jpg")
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
-    """Runs the loop, fills rows, shows and saves -> the signals that came, none if it ended."""
-    began = time.time() - (rows[-1][SECONDS] if rows else 0)
-    saved = -math.inf  # when
-    saving = 0.0  # how long it took
-    validated = {}  # what the bar shows of the last save
-    bar = tqdm(total=s.steps, initial=len(rows), desc="training", disable=rank > 0)
-    with noted_signals(world) as asked, bar:
-        for step, con, cap in train(model, optimizer, batches, s, len(rows), rank, world):
-            due = time.time() - saved > max(s.save_every, 20 * saving)  # at most 5 % of the time
-            if rank == 0 and (asked or due):
-                saving = save(s, model, tokenizer, optimizer, val, rows)
-                saved = time.time()
-                if rows:
-                    val_con, val_cap = rows[-1][-2:]
-                    validated = dict(val_con=f"{val_con:.3f}", val_cap=f"{val_cap:.3f}")
-            if asked:
-                return asked
-            total = s.lambda_con * con + s.lambda_cap * cap
-            rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total,
-                         learning_rate(step, s.lr, s.steps), model.temperature.item(),
-                         time.time() - began, math.nan, math.nan])
-            bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", **validated, refresh=False)
-            bar.update()
-        if rank == 0:
-            save(s, model, tokenizer, optimizer, val, rows)
-        return asked
-
-
-def check_flags(p, given):
-    """What is wrong with the flags alone, before anything is read."""
-    if given.resume and not given.out:
-        p.error("--resume needs --out, the folder of the run to go on with")
-    if given.fresh and not (given.init or given.resume):
-        p.error("--fresh needs --init, the checkpoint that gives the other parts")
-    if given.config and given.init:
-        p.error("--init brings its own sizes; leave --config out")
-
-
-def check_settings(p, s, source):
-    """What is wrong with the settings as a whole, before the data are read."""
-    if s.download and s.data not in CIFAR:
-        p.error("--download fetches CIFAR only; get other data yourself, and give --data-dir")
-    if s.resume:
-        for name, saved in source[2]["settings"].items():
-            if getattr(s, name) != saved and name not in MAY_CHANGE:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{s.out}/checkpoint.pt was made with {flag} {saved}; leave {flag} "
-                                f"out, or start anew from it: --init {s.out}/checkpoint.pt")
-    try:
-        config_of(s)
-    except ValueError as e:
-        p.error(str(e))
-
-
-def at_least(low, kind=int, high=math.inf):
-    """For argparse: a number from low to below high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"must be at least {low} and below {high}, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # so argparse's own error says "invalid int value"
-    return parse
-
-
-def config_of(s):
-    return CoCaConfig(**{field.name: getattr(s, field.name) for field in fields(CoCaConfig)})
-
-
-def join_processes(s):
-    """-> rank, number of processes (torchrun sets both); s.device becomes that of this one."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    n = s.batch_size // world
-    if n * world != s.batch_size or n < s.accum:
-        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {world} equal shares of "
-                        f"--accum {s.accum} parts")
-    s.device = pick_device(s.device)
-    backend = "gloo"  # CPUs, or one GPU that all share: --device cuda:0
-    if world > 1 and s.device == "cuda":
-        backend = "nccl"
-        count = torch.cuda.device_count()
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
-            raise UserError(f"{count} GPUs for more processes of this machine; start {count} at "
-                            "most, or add --device cuda:0 to share one")
-        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(s.device)
-    if world > 1:
-        dist.init_process_group(backend)
-    return rank, world
-
-
-def load_data(s, rank):
-    """-> training and validation Dataset; UserError if a resumed run learned from others. The first
-    process decodes pictures, the others then read what it has kept.
-    """
-    if rank > 0:
-        dist.barrier()
-    common = dict(size=s.image_size, seed=s.seed, val_from_train=s.val_from_train)
-    download = s.download and rank == 0
-    data = load(s.data, s.data_dir, "train", subset=s.subset, download=download, **common)
-    val = load(s.data, s.data_dir, "val", **common)
-    if s.dedup:  # augmented images are shown mirrored, too
-        data = without_duplicates(data, val, mirrored=data.augment)
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    found = fingerprint(data)
-    if s.fingerprint not in (None, found):
-        raise UserError(f"the data are not those that {s.out} learned from (other images, names or "
-                        "captions); put them back, or start anew from it: "
-                        f"--init {s.out}/checkpoint.pt")
-    s.fingerprint = found
-    return data, val
-
-
-def prepare(model, s):
-    """What --train, --grad-checkpoint and --compile ask for."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(part_of(name) in [*s.train, None])
-    if s.grad_checkpoint:
-        model.recompute_activations()
-    if s.compile:
-        for name in ("forward", "encode_image", "encode_text"):  # all that training calls
-            setattr(model, name, torch.compile(getattr(model, name)))
-
-
-def describe(s, model, batches):
-    """What is trained and, of a new model, what to expect of it."""
-    print(" ".join(f"{name}={value}" for name, value in vars(s).items() if name != "help"))
-    decoder = count_parameters(model.unimodal, model.multimodal)
-    poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
-    print(f"{len(batches.data):,} images, {s.vocab_size:,} tokens; millions of parameters: encoder "
-          f"{count_parameters(model.encoder):.2f}, poolers {poolers:.2f}, decoder {decoder:.2f}")
-    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
-    if unknown > 0.1:
-        note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
-    if s.resume or s.init:
-        return
-    if s.lambda_con:
-        print(f"at step 0 expect a contrastive loss of about 2 ln {s.batch_size} = "
-              f"{2 * math.log(s.batch_size):.2f} (less if captions repeat)")
-    if s.lambda_cap:
-        print(f"at step 0 expect a captioning loss of about ln {s.vocab_size} + 1/2 = "
-              f"{math.log(s.vocab_size) + 0.5:.2f}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Models from data and from other models; Sec. 4.1's second phase at more pixels
-
-
-def part_of(name):
-    """Name of a parameter -> its part, None for the temperature, which always learns."""
-    for part, modules in PARTS.items():
-        if name.split(".")[0] in modules:
-            return part
-    return None
-
-
-def new_model(s, data, source=None):
-    """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
-    if source is None or "decoder" in s.fresh:
-        size = max(s.vocab_size, CONFIGS["tiny"].vocab_size)  # (--init may have few words)
-        tokenizer = Tokenizer.learn(itertools.chain(*data.captions), size)
-    else:
-        tokenizer = source[1]
-    s.vocab_size = len(tokenizer)
-    torch.manual_seed(s.seed)
-    model = CoCa(config_of(s))
-    if source is None or "encoder" in s.fresh:
-        some = to_model(torch.tensor(data.images[:256]))
-        whiten_patches(model.encoder.patches, some, 0.0 if s.data == "shapes" else 0.5)
-    if source is None:
-        return model, tokenizer
-    weights = source[0].state_dict()
-    wanted = model.state_dict()
-    weights["encoder.position"] = resize_positions(weights["encoder.position"],
-                                                   wanted["encoder.position"])
-    for name in {**wanted, **weights}:
-        if part_of(name) in s.fresh:
-            continue
-        if name not in wanted or name not in weights or wanted[name].shape != weights[name].shape:
-            raise UserError(f"--init: its {name} does not fit the sizes asked for; "
-                            f"leave the sizes out, or add --fresh {part_of(name)}")
-        wanted[name].copy_(weights[name])
-    return model, tokenizer
-
-
-def resize_positions(position, wanted):
-    """Learned positions (P, D), interpolated to the grid of the wanted (P', D)."""
-    side = math.isqrt(len(position))
-    grid = math.isqrt(len(wanted))
-    square = position.T.unflatten(1, (side, side))                      # (D, side, side)
-    return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
-
-
-@torch.no_grad()
-def whiten_patches(layer, images, whitening):
-    """Sets a patch embedding so that its outputs on these images (n, 3, S, S) have mean 0 and
-    spread 1.
-
-    whitening 0 keeps the proportions of the picture. 1 scales all principal directions of the
-    patches to the same spread, noise too (as ConvNets do that learn CIFAR in seconds: Jordan 2024,
-    arXiv 2404.00498). 0.5 lies between. In photographs neighbouring pixels are nearly equal, so
-    brightness outweighs edges and texture by far: half of whitening helps an encoder to see these.
-    In scenes most directions are noise.
-    """
-    weight = layer.weight.flatten(1)                                    # (D, 3 * patch^2)
-    patches = F.unfold(images, layer.stride, stride=layer.stride)       # (n, 3 * patch^2, P)
-    patches = patches.transpose(1, 2).flatten(0, 1)                     # (n * P, 3 * patch^2)
-    variance, directions = torch.linalg.eigh(patches.T.cov())
-    variance = variance.clamp(min=0) + 1e-5  # (blank images: no division by 0)
-    scale = variance ** (-whitening / 2)
-    scale = scale / (variance * scale**2).mean().sqrt()  # embeddings of spread 1
-    weight = weight @ (directions * scale) @ directions.T               # (D, 3 * patch^2)
-    layer.weight.copy_(weight.view_as(layer.weight))
-    layer.bias.copy_(-weight @ patches.mean(0))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -564,79 +208,384 @@ def add_up(tensors, world):
 
 
 # ------------------------------------------------------------------------------------------------
+# Models from data and from other models; Sec. 4.1's second phase at more pixels
+
+
+def part_of(name):
+    """Name of a parameter -> its part, None for the temperature, which always learns."""
+    for part, modules in PARTS.items():
+        if name.split(".")[0] in modules:
+            return part
+    return None
+
+
+def new_model(s, data, source=None):
+    """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
+    if source is None or "decoder" in s.fresh:
+        size = max(s.vocab_size, CONFIGS["tiny"].vocab_size)  # (--init may have few words)
+        tokenizer = Tokenizer.learn(itertools.chain(*data.captions), size)
+    else:
+        tokenizer = source[1]
+    s.vocab_size = len(tokenizer)
+    torch.manual_seed(s.seed)
+    model = CoCa(config_of(s))
+    if source is None or "encoder" in s.fresh:
+        some = to_model(torch.tensor(data.images[:256]))
+        whiten_patches(model.encoder.patches, some, 0.0 if s.data == "shapes" else 0.5)
+    if source is None:
+        return model, tokenizer
+    weights = source[0].state_dict()
+    wanted = model.state_dict()
+    weights["encoder.position"] = resize_positions(weights["encoder.position"],
+                                                   wanted["encoder.position"])
+    for name in {**wanted, **weights}:
+        if part_of(name) in s.fresh:
+            continue
+        if name not in wanted or name not in weights or wanted[name].shape != weights[name].shape:
+            raise UserError(f"--init: its {name} does not fit the sizes asked for; "
+                            f"leave the sizes out, or add --fresh {part_of(name)}")
+        wanted[name].copy_(weights[name])
+    return model, tokenizer
+
+
+def resize_positions(position, wanted):
+    """Learned positions (P, D), interpolated to the grid of the wanted (P', D)."""
+    side = math.isqrt(len(position))
+    grid = math.isqrt(len(wanted))
+    square = position.T.unflatten(1, (side, side))                      # (D, side, side)
+    return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
+
+
+@torch.no_grad()
+def whiten_patches(layer, images, whitening):
+    """Sets a patch embedding so that its outputs on these images (n, 3, S, S) have mean 0 and
+    spread 1.
+
+    whitening 0 keeps the proportions of the picture. 1 scales all principal directions of the
+    patches to the same spread, noise too (as ConvNets do that learn CIFAR in seconds: Jordan 2024,
+    arXiv 2404.00498). 0.5 lies between. In photographs neighbouring pixels are nearly equal, so
+    brightness outweighs edges and texture by far: half of whitening helps an encoder to see these.
+    In scenes most directions are noise.
+    """
+    weight = layer.weight.flatten(1)                                    # (D, 3 * patch^2)
+    patches = F.unfold(images, layer.stride, stride=layer.stride)       # (n, 3 * patch^2, P)
+    patches = patches.transpose(1, 2).flatten(0, 1)                     # (n * P, 3 * patch^2)
+    variance, directions = torch.linalg.eigh(patches.T.cov())
+    variance = variance.clamp(min=0) + 1e-5  # (blank images: no division by 0)
+    scale = variance ** (-whitening / 2)
+    scale = scale / (variance * scale**2).mean().sqrt()  # embeddings of spread 1
+    weight = weight @ (directions * scale) @ directions.T               # (D, 3 * patch^2)
+    layer.weight.copy_(weight.view_as(layer.weight))
+    layer.bias.copy_(-weight @ patches.mean(0))
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+
+# Settings that depend on the data. The paper's learning rate is 8e-4 (Sec. 4.1), for models that
+# are hundreds of times larger and 500,000 steps. Those of shapes, cifar10 and captions were chosen
+# on training images kept apart (--val-from-train); cifar100 and coco take them over.
+CIFARS = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
+CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
+PRESETS = {
+    "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, patch_size=8),
+    "cifar10": CIFARS,
+    "cifar100": CIFARS,
+    "coco": CAPTIONS,
+    "captions": CAPTIONS,
+}
+PARTS = {  # what --train and --fresh name
+    "encoder": ["encoder"],
+    "poolers": ["generative_pooler", "contrastive_pooler"],
+    "decoder": ["unimodal", "multimodal"],
+}
+# On --resume: these change the result by rounding at most
+MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile", "save_every"]
+NOT_KEPT = ["help", "out", "resume", "device", "download"]
+
+
+def parse_args(argv=None):
+    """-> settings and, with --resume or --init, what load_checkpoint gives.
+
+    What no flag says comes from the checkpoint (--resume: all; --init: sizes and loss weights),
+    else from --config, else from PRESETS, else from the tiny configuration and the defaults here.
+    """
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage="python train.py [options]", add_help=False,
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = p.add_argument
+    flag("--help", "-h", action="store_true", help="these lines, with the defaults that apply")
+    flag("--data", choices=NAMES, default="shapes", help="what to train on")
+    flag("--data-dir", type=os.path.abspath, help="folder of the data")
+    flag("--download", action="store_true", help="fetch CIFAR into --data-dir first")
+    flag("--subset", type=at_least(0), default=0, help="that many training images, 0 = all")
+    flag("--val-from-train", type=at_least(0), default=0, metavar="N",
+         help="tuning: evaluate on N training images, kept apart")
+    flag("--config", choices=CONFIGS, help="sizes of Table 1 instead of the data's")
+    flag("--init", type=os.path.abspath, help="start from this checkpoint's sizes, vocabulary and "
+         "weights; positions are interpolated to --image-size")
+    flag("--fresh", nargs="+", choices=PARTS, default=[],
+         help="parts not from --init; a fresh decoder learns a new vocabulary too")
+    flag("--train", nargs="+", choices=PARTS, default=list(PARTS),
+         help="parts that learn, beside the temperature")
+    flag("--steps", type=at_least(1), help="training steps")
+    flag("--batch-size", type=at_least(2), help="images a step: N of Eq. (2)")
+    flag("--lr", type=at_least(0, float), help="peak learning rate")
+    flag("--lambda-con", type=at_least(0, float), help="weight of Eq. (2) in Eq. (4)")
+    flag("--lambda-cap", type=at_least(0, float), help="weight of Eq. (3) in Eq. (4)")
+    flag("--pooler", choices=["cascade", "parallel"], help="Table 8f")
+    flag("--n-query", type=at_least(0), help="of the generative pooler, 0 = it is left out")
+    flag("--n-uni", type=at_least(1), help="unimodal decoder layers, Table 8d")
+    flag("--n-multi", type=at_least(1), help="multimodal decoder layers, Table 8d")
+    flag("--encoder-layers", type=at_least(0), help="0 = no encoder, patches go straight on")
+    flag("--image-size", type=at_least(1), help="pixels a side")
+    flag("--seed", type=at_least(0, high=2**32), default=0, help="of weights, order and scenes")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
+    flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
+    flag("--resume", action="store_true", help="go on with the run in --out")
+    flag("--save-every", type=at_least(1, float), default=30, metavar="SECONDS",
+         help="between checkpoints; longer if saving would take over 5 %% of the time")
+    flag("--accum", type=at_least(1), default=1, help="parts to compute a batch in, same gradients")
+    flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
+         help="recompute activations in backward: less memory, same gradients")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
+         help="torch.compile: worth its minute for large models on a GPU")
+
+    given = p.parse_args(argv)
+    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None)
+    p.set_defaults(**PRESETS[given.data])
+    if given.config:
+        p.set_defaults(**asdict(CONFIGS[given.config]))
+    if given.help:
+        p.print_help()
+        sys.exit()
+    check_flags(p, given)
+    source = None
+    if given.resume:
+        source = load_checkpoint(Path(given.out) / "checkpoint.pt")
+        p.set_defaults(**source[2]["config"])
+        p.set_defaults(**source[2]["settings"])
+    elif given.init:
+        source = load_checkpoint(given.init)
+        p.set_defaults(**source[2]["config"])
+    s = p.parse_args(argv)
+    check_settings(p, s, source)
+    return s, source
+
+
+# ------------------------------------------------------------------------------------------------
+# A run: what it is made of, and what it leaves behind
+
+
+def load_data(s, rank):
+    """-> training and validation Dataset. The first process decodes pictures, the others then read
+    what it has kept.
+    """
+    if rank > 0:
+        dist.barrier()
+    common = dict(size=s.image_size, seed=s.seed, val_from_train=s.val_from_train)
+    download = s.download and rank == 0
+    data = load(s.data, s.data_dir, "train", subset=s.subset, download=download, **common)
+    val = load(s.data, s.data_dir, "val", **common)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return data, val
+
+
+def main(argv=None, load_data=load_data):
+    """load_data: (settings, rank) -> training and validation Dataset; your own, for other data."""
+    s, source = parse_args(argv)
+    rank, world = join_processes(s)
+    if rank == 0 and not s.resume:
+        s.out = new_folder(s.out, s.data)
+    data, val = load_data(s, rank)
+    check_data(s, data)
+    if s.resume:
+        model, tokenizer, checkpoint = source
+    else:
+        model, tokenizer = new_model(s, data, source)
+    del source  # frees what --init loaded: its optimizer's state is twice the model
+    prepare(model.to(s.device), s)
+    optimizer = make_optimizer(model)
+    rows = []  # of metrics, one a step
+    if s.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        rows = checkpoint["metrics"].tolist()
+    n = s.batch_size // world
+    own = slice(rank * n, rank * n + n)  # of each batch, this process's share
+    batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed, own, s.device)
+    if rank == 0:
+        describe(s, model, batches)
+    run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world)
+    if rank == 0:
+        print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
+              f"{rows[-1][SECONDS]:.0f} s of training on {s.device}")
+        evaluate(model, tokenizer, vars(s), notes=False)
+        print(f"saved: {s.out}/checkpoint.pt, {s.out}/metrics.csv")
+        if s.lambda_cap:
+            print(f"next:  python eval.py {shlex.quote(s.out)}/checkpoint.pt --image YOUR.jpg")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def new_folder(out, data):
+    """The folder of a new run: out, which must be new or empty, else the first free of runs/DATA,
+    runs/DATA-2, ...
+    """
+    try:
+        if out:
+            os.makedirs(out, exist_ok=True)
+            if os.listdir(out):
+                raise FileExistsError(0, "it is not empty")
+            return out
+        for number in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                out = f"runs/{data}" + f"-{number}" * (number > 1)
+                os.makedirs(out)  # only one of two runs can make it
+                return out
+    except OSError as e:
+        raise UserError(f"{out}: no place for a new run ({e.strerror}); give another --out, or "
+                        "--resume the run that is there") from None
+
+
+def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
+    """Runs the loop, fills rows, shows and saves. (A stop, Ctrl-C too, goes back to the last save.)
+    """
+    began = time.time() - (rows[-1][SECONDS] if rows else 0)
+    saved = -math.inf  # when
+    saving = 0.0  # how long it took
+    validated = {}  # what the bar shows of the last save
+    with tqdm(total=s.steps, initial=len(rows), desc="training", disable=rank > 0) as bar:
+        for step, con, cap in train(model, optimizer, batches, s, len(rows), rank, world):
+            due = time.time() - saved > max(s.save_every, 20 * saving)  # at most 5 % of the time
+            if rank == 0 and due:
+                saving = save(s, model, tokenizer, optimizer, val, rows)
+                saved = time.time()
+                if rows:
+                    val_con, val_cap = rows[-1][-2:]
+                    validated = dict(val_con=f"{val_con:.3f}", val_cap=f"{val_cap:.3f}")
+            total = s.lambda_con * con + s.lambda_cap * cap
+            rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total,
+                         learning_rate(step, s.lr, s.steps), model.temperature.item(),
+                         time.time() - began, math.nan, math.nan])
+            bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", **validated, refresh=False)
+            bar.update()
+    if rank == 0:
+        save(s, model, tokenizer, optimizer, val, rows)
+
+
+def check_flags(p, given):
+    """What is wrong with the flags alone, before anything is read."""
+    if given.resume and not given.out:
+        p.error("--resume needs --out, the folder of the run to go on with")
+    if given.fresh and not (given.init or given.resume):
+        p.error("--fresh needs --init, the checkpoint that gives the other parts")
+    if given.config and given.init:
+        p.error("--init brings its own sizes; leave --config out")
+
+
+def check_settings(p, s, source):
+    """What is wrong with the settings as a whole, before the data are read."""
+    if s.download and s.data not in CIFAR:
+        p.error("--download fetches CIFAR only; get other data yourself, and give --data-dir")
+    if s.resume:
+        for name, saved in source[2]["settings"].items():
+            if getattr(s, name) != saved and name not in MAY_CHANGE:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{s.out}/checkpoint.pt was made with {flag} {saved}; leave {flag} "
+                                f"out, or start anew from it: --init {s.out}/checkpoint.pt")
+    try:
+        config_of(s)
+    except ValueError as e:
+        p.error(str(e))
+
+
+def at_least(low, kind=int, high=math.inf):
+    """For argparse: a number from low to below high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below {high}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # so argparse's own error says "invalid int value"
+    return parse
+
+
+def config_of(s):
+    return CoCaConfig(**{field.name: getattr(s, field.name) for field in fields(CoCaConfig)})
+
+
+def join_processes(s):
+    """-> rank, number of processes (torchrun sets both); s.device becomes that of this one."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    n = s.batch_size // world
+    if n * world != s.batch_size or n < s.accum:
+        raise UserError(f"--batch-size {s.batch_size} cannot be cut into {world} equal shares of "
+                        f"--accum {s.accum} parts")
+    s.device = pick_device(s.device)
+    backend = "gloo"  # CPUs, or one GPU that all share: --device cuda:0
+    if world > 1 and s.device == "cuda":
+        backend = "nccl"
+        count = torch.cuda.device_count()
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
+            raise UserError(f"{count} GPUs for more processes of this machine; start {count} at "
+                            "most, or add --device cuda:0 to share one")
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(s.device)
+    if world > 1:
+        dist.init_process_group(backend)
+    return rank, world
+
+
+def check_data(s, data):
+    """UserError if a resumed run learned from others."""
+    found = fingerprint(data)
+    if s.fingerprint not in (None, found):
+        raise UserError(f"the data are not those that {s.out} learned from (other images, names or "
+                        "captions); put them back, or start anew from it: "
+                        f"--init {s.out}/checkpoint.pt")
+    s.fingerprint = found
+
+
+def prepare(model, s):
+    """What --train, --grad-checkpoint and --compile ask for."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(part_of(name) in [*s.train, None])
+    if s.grad_checkpoint:
+        model.recompute_activations()
+    if s.compile:
+        for name in ("forward", "encode_image", "encode_text"):  # all that training calls
+            setattr(model, name, torch.compile(getattr(model, name)))
+
+
+def describe(s, model, batches):
+    """What is trained, how to go on and, of a new model, what to expect of it."""
+    print(" ".join(f"{name}={value}" for name, value in vars(s).items() if name != "help"))
+    decoder = count_parameters(model.unimodal, model.multimodal)
+    poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
+    print(f"{len(batches.data):,} images, {s.vocab_size:,} tokens; millions of parameters: encoder "
+          f"{count_parameters(model.encoder):.2f}, poolers {poolers:.2f}, decoder {decoder:.2f}")
+    print(f"after a stop go on with: python train.py --out {shlex.quote(s.out)} --resume")
+    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
+    if unknown > 0.1:
+        note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
+    if s.resume or s.init:
+        return
+    if s.lambda_con:
+        print(f"at step 0 expect a contrastive loss of about 2 ln {s.batch_size} = "
+              f"{2 * math.log(s.batch_size):.2f} (less if captions repeat)")
+    if s.lambda_cap:
+        print(f"at step 0 expect a captioning loss of about ln {s.vocab_size} + 1/2 = "
+              f"{math.log(s.vocab_size) + 0.5:.2f}")
+
+
+# ------------------------------------------------------------------------------------------------
 # Files
 
 METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds",
            "val_con", "val_cap"]
 SECONDS = METRICS.index("seconds")
-
-
-@contextlib.contextmanager
-def run_folder(s, rank):
-    """A new run's folder: --out, which must be new or empty. Without --out: the first free of
-    runs/DATA, runs/DATA-2, ... If the run fails before its first checkpoint, what was made here
-    goes away again.
-    """
-    if s.resume or rank > 0:
-        yield
-        return
-    made = not (s.out and os.path.exists(s.out))
-    try:
-        s.out = s.out or free_folder(s.data)
-        folder = Path(s.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise FileExistsError(0, "it is not empty")
-        open(folder / "metrics.csv", "x").close()  # only one of two runs can make it
-    except OSError as e:
-        raise UserError(f"{s.out or 'runs'}: no place for a new run ({e.strerror}); give another "
-                        "--out, or --resume the run that is there") from None
-    try:
-        yield
-    finally:
-        if not (folder / "checkpoint.pt").exists():
-            with contextlib.suppress(OSError):  # somebody may have been there
-                (folder / "metrics.csv").unlink()
-                if made:
-                    folder.rmdir()
-
-
-def free_folder(data):
-    number = 1
-    while True:
-        folder = Path(f"runs/{data}" + f"-{number}" * (number > 1))
-        try:
-            folder.mkdir(parents=True)  # only one of two runs can make it
-            return str(folder)
-        except FileExistsError:
-            number += 1
-
-
-@contextlib.contextmanager
-def noted_signals(world):
-    """Yields a list that gets the first Ctrl-C or SIGTERM. run_steps then saves the weights as they
-    are before the running step's update; main says how to go on and exits with 128 + the signal's
-    number. A second signal ends the program at once, and so does the first outside the loop or on
-    several processes (data.run_program): there the last save counts.
-    """
-    asked = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note_it(number, frame):
-        asked.append(number)
-        restore()
-
-    if world == 1:
-        for number in before:
-            signal.signal(number, note_it)
-    try:
-        yield asked
-    finally:
-        restore()
 
 
 def save(s, model, tokenizer, optimizer, val, rows):
@@ -688,19 +637,12 @@ def validate(s, model, tokenizer, val):
 
 
 def replace_file(path, content):
-    """Writes bytes into a file beside path that then takes its place: never half a file."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with replacing(path) as f:
             f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); the one before is "
                         "untouched") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,87 @@
 
     python -m experiments.dedup --data cifar10 --data-dir DIR --show pairs.png   which there are
     python -m experiments.dedup --data cifar10 --data-dir DIR --measure          planted copies:
-                                           recall and precision, from which data.THRESHOLD is chosen
+                                           recall and precision, from which THRESHOLD is chosen
+    python -m experiments.dedup train --data cifar10 --data-dir DIR              train.py without them
 """
 import argparse
 import io
+import sys
 import time
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from data import NAMES, THRESHOLD, UserError, load, near_duplicates, new_file, pillow, run_program
+import train
+from data import NAMES, UserError, load, new_file, note, pillow, run_program, select
+
+# ------------------------------------------------------------------------------------------------
+# Near-copies: alike thumbnails
+
+THRESHOLD = 0.955  # of two thumbnails' cosine; see --measure
+
+
+def thumbnails(images):
+    """images (N, 3, H, W) uint8 -> (N, 192): 8 x 8 pixels, brightness and contrast taken off."""
+    parts = []
+    for i in range(0, len(images), 2000):
+        x = torch.from_numpy(np.array(images[i:i + 2000])).float()
+        x = F.interpolate(x, size=(8, 8), mode="area").flatten(1)       # (n, 192)
+        parts.append(F.normalize(x - x.mean(1, keepdim=True)))
+    return torch.cat(parts)
+
+
+def slight_crops(images, mirrored):
+    """The images, then 13 crops of 95 and 90 % of their sides: cropped copies are near one."""
+    S = images.shape[-1]
+    for share, places in ((1, [0]), (0.95, [0, 1]), (0.9, [0, 0.5, 1])):
+        side = round(share * S)
+        for y in places:
+            for x in places:
+                top = round(y * (S - side))
+                left = round(x * (S - side))
+                crop = images[:, :, top:top + side, left:left + side]
+                yield crop
+                if mirrored:
+                    yield crop[..., ::-1]
+
+
+def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
+    """Which images (N, 3, S, S) are near-copies of evaluation images (M, 3, S', S')?
+
+    All are compared with all -> the evaluation image each is nearest to (N,), -1 = it is no copy;
+    the cosine (N,), 0 = it is no copy; which of the evaluation images have a copy (M,).
+    """
+    own = thumbnails(images)                                            # (N, 192)
+    nearest = torch.full((len(images),), -1)
+    similarity = torch.zeros(len(images))
+    copied = torch.zeros(len(evaluation), dtype=torch.bool)
+    crops = slight_crops(evaluation, mirrored)
+    for crop in tqdm(crops, "looking for duplicates", 14 * (1 + mirrored), leave=False):
+        others = thumbnails(crop).T                                     # (192, M)
+        for rows in torch.arange(len(images)).split(2000):
+            cosine = own[rows] @ others                                 # (2000, M)
+            for i in (cosine.amax(1) > threshold).nonzero()[:, 0]:  # few
+                copied |= cosine[i] > threshold
+                best, where = cosine[i].max(0)
+                if best > similarity[rows[i]]:
+                    nearest[rows[i]] = where
+                    similarity[rows[i]] = best
+    return nearest.numpy(), similarity.numpy(), copied.numpy()
+
+
+def without_duplicates(data, evaluation, mirrored=False):
+    """data without the near-duplicates of the evaluation images; says how many."""
+    nearest, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
+    kept = np.flatnonzero(nearest < 0)
+    note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, "
+         f"near-duplicates of {copied.sum():,} of {len(evaluation):,} evaluation images")
+    if not len(kept):
+        raise UserError("all training images are near-duplicates of evaluation images")
+    return select(data, kept)
+
 
 # ------------------------------------------------------------------------------------------------
 # Which copies there are
@@ -137,7 +209,16 @@ def parse_args(argv=None):
     return args
 
 
+def load_data(s, rank):
+    """As train.load_data. (Augmented images are shown mirrored, too.)"""
+    data, val = train.load_data(s, rank)
+    return without_duplicates(data, val, mirrored=data.augment), val
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return train.main(argv[1:], load_data)
     args = parse_args(argv)
     data = load(args.data, args.data_dir, "train", args.size)
     evaluation = load(args.data, args.data_dir, "val", args.size)

@@ -1,6 +1,5 @@
 """Settings for all tests, and the fixtures they share."""
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -22,12 +21,3 @@ torch.set_num_threads(1)  # on tensors this small more threads only wait for eac
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache of decoded images."""
     monkeypatch.setenv("COCA_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def keep_signals():
-    """A training run that a test cuts short leaves its signal handlers behind: here they go."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

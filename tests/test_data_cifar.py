@@ -27,8 +27,12 @@ CLASSES = {"cifar10": [f"class_{i}" for i in range(10)],
 
 
 def old_pickle(content):
-    """An old protocol, and numpy's name before version 2."""
-    return pickle.dumps(content, 2).replace(b"numpy._core", b"numpy.core")
+    """The oldest protocol that has bytes, and numpy's name before version 2."""
+    return pickle.dumps(content, 3).replace(b"numpy._core", b"numpy.core")
+
+
+def new_pickle(content):
+    return pickle.dumps(content, 4)
 
 
 def cifar_batch(name, file, count=4):
@@ -66,7 +70,7 @@ def check_read(path, content):
 # What is read
 
 
-@pytest.mark.parametrize("pickled", [old_pickle, pickle.dumps])
+@pytest.mark.parametrize("pickled", [old_pickle, new_pickle])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_the_batches_are_read_in_order_in_the_folder_or_its_parent(tmp_path, name, pickled):
     folder = write_cifar(tmp_path, name, pickled)
@@ -79,16 +83,6 @@ def test_the_batches_are_read_in_order_in_the_folder_or_its_parent(tmp_path, nam
             assert found.images.tobytes() == pixels and found.labels.tolist() == labels
             for label, texts in zip(found.labels, found.captions, strict=True):
                 assert all(f"class {label}" in text for text in texts)
-
-
-@pytest.mark.parametrize("as_type", [list, np.array, lambda labels: list(np.array(labels)),
-                                     lambda labels: np.array(labels, np.uint8)])
-@pytest.mark.parametrize("protocol", range(6))
-def test_batches_that_a_current_python_and_numpy_pickled_are_read(tmp_path, protocol, as_type):
-    for pixels in (BATCH["data"], np.asfortranarray(BATCH["data"]),
-                   np.repeat(BATCH["data"], 2, axis=1)[:, ::2]):
-        batch = {"labels": as_type(BATCH["labels"]), "data": pixels}
-        check_read(tmp_path / "batch", pickle.dumps(batch, protocol))
 
 
 def text(words):
@@ -153,14 +147,13 @@ for change in (
         {"labels": np.ones((4, 1), int)}, {"labels": np.int64(4)},
         # of other types
         {"labels": ["1", "2", "3", "4"]}, {"labels": [1.0, 2.0, 3.0, 4.0]},
-        {"labels": np.ones(4)}, {"labels": np.ones(4, bool)}, {"labels": np.zeros(4, ">i4")},
-        {"labels": np.ones(4, object)}, {"labels": np.ones(4, "M8[s]")},
-        {"labels": np.ones(4, "i4,i4")}, {"labels": [np.float32(1)] * 4},
+        {"labels": np.ones(4)}, {"labels": [True] * 4}, {"labels": [np.float32(1)] * 4},
         # pixels: of other types and shapes
         {"data": "x"}, {"data": b"x" * 4 * 3072}, {"data": BATCH["data"].view(np.int8)},
         {"data": BATCH["data"].astype(np.float32)}, {"data": BATCH["data"][:, :-1]},
-        {"data": BATCH["data"].reshape(4, 3, 32, 32)}, {"data": BATCH["data"].T}):
-    BAD["data_batch_1"] += [old_pickle(BATCH | change), pickle.dumps(BATCH | change, 5)]
+        {"data": BATCH["data"].reshape(4, 3, 32, 32)}, {"data": BATCH["data"].T},
+        {"data": np.asfortranarray(BATCH["data"])}):
+    BAD["data_batch_1"] += [old_pickle(BATCH | change), new_pickle(BATCH | change)]
 
 
 @pytest.mark.parametrize("file", BAD)
@@ -183,8 +176,7 @@ BEGINNINGS = [  # opcodes before an otherwise good file: names, persistent ids, 
     b"cos\nsystem\n", b"cbuiltins\neval\n", b"cnumpy\nload\n", b"cnumpyx\nndarray\n",
     b"c_codecs\ndecode\n", b"\x8c\x05numpy\x8c\x0endarray.tofile\x93", b"\x8c\x03a\nb\x8c\x01c\x93",
     b"Pid\n", b"NQ", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"\x82\x02", b"\x97"]
-for name in ("numpy\ndtype", "numpy\nndarray", "numpy.core.multiarray\n_reconstruct",
-             "numpy.core.numeric\n_frombuffer", "numpy.core.multiarray\nscalar", "_codecs\nencode"):
+for name in ("numpy\ndtype", "numpy\nndarray", "numpy.core.multiarray\n_reconstruct"):
     for state in (b"}", b"}" + text("x") + b"Ns", b"N}" + text("__defaults__") + b"K\x01\x85s\x86"):
         BEGINNINGS.append(b"c" + name.encode() + b"\n" + state + b"b")  # changes a stand-in
 
@@ -207,9 +199,9 @@ def test_no_pointer_of_a_files_choice_is_followed(tmp_path):
     objects = dtype("O8", size=b"K\x08", flags=b"K\x3f")
     fields = b"}" + text("a") + objects + b"K\x00\x86s"
     hidden = dtype("V8", text("a") + b"\x85", fields, b"K\x08")
-    for kind, name in ((objects, "O8"), (hidden, "V8")):
+    for kind in (objects, hidden):
         content = b"\x80\x02" + array(b"K\x01\x85", kind, b"C\x08AAAAAAAA") + b"."
-        refused(f"numbers of type {name}", read, tmp_path / "batch", content)
+        refused("not a CIFAR file", read, tmp_path / "batch", content)
     assert exit_code(start(follow_pointers, content)) == -signal.SIGSEGV  # control
 
 
@@ -245,14 +237,14 @@ def fuzz():
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     rng = random.Random(0)
     batch = BATCH | {"data": np.full((4, 3072), 255, np.uint8)}
-    files = [pickle.dumps(batch, protocol) for protocol in (0, 2, 4, 5)]
+    files = [old_pickle(batch), new_pickle(batch)]
     files.append(of_python_2(pixels=PIXELS[:5] + batch["data"].tobytes()))
     structure = []  # where no pixels are
     for file in files:
         structure.append([i for i, byte in enumerate(file) if byte not in b"\xff\xc3\xbf"])
     whole = 0
     for i in range(2000):
-        content = mutation(files[i % 5], structure[i % 5], rng)
+        content = mutation(files[i % 3], structure[i % 3], rng)
         try:
             with mock.patch("data.open", lambda *_: io.BytesIO(content), create=True):  # noqa: B023
                 labels, images = read_cifar("batch", "labels", CLASSES["cifar10"])

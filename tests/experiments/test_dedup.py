@@ -1,18 +1,21 @@
 """De-duplication: copies as found in the wild are found, and nothing else."""
 import itertools
+import warnings
 from unittest import mock
 
 import numpy as np
 import pytest
+import quick
+import torch
 from helpers import fails, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_pictures import write_captions
 
-import data as data_file
 import train
-from data import Dataset, near_duplicates, pillow, resize, select, shapes, without_duplicates
+from data import Dataset, load, pillow, resize, select, shapes
 from experiments import dedup
-from experiments.dedup import plant_copies
+from experiments.dedup import near_duplicates, plant_copies, without_duplicates
 
 
 def pictures(seed, n, size=32):
@@ -57,7 +60,7 @@ def test_copies_are_found_and_nothing_else(kind, seed):
 
 def test_cropped_copies_are_found_and_without_crops_missed():
     check_crops()
-    with fails, mock.patch.object(data_file, "slight_crops", lambda images, mirrored: [images]):
+    with fails, mock.patch.object(dedup, "slight_crops", lambda images, mirrored: [images]):
         check_crops()  # control
 
 
@@ -87,20 +90,23 @@ def test_duplicates_are_removed_with_their_captions_and_labels():
     refused("all training images", without_duplicates, copies, evaluation)
 
 
-def test_training_leaves_duplicates_out(monkeypatch):
+def test_training_leaves_duplicates_out_and_goes_on_without_them_only(tmp_path, monkeypatch):
     def planted(name, where, split, **named):
         data = select(shapes(split, 32, 0, 32), np.arange(32))
         if split == "train":
             data.images[:5] = shapes("val", 32, 0).images[:5]
         return data
 
+    quick.make_small(monkeypatch)
     monkeypatch.setattr(train, "load", planted)
-    sizes = []
-    for flags in ([], ["--dedup"]):
-        s, _ = train.parse_args(flags)
-        data, _ = train.load_data(s, 0)
-        sizes.append(len(data))
-    assert sizes[0] == 32 and sizes[1] <= 32 - 5
+    train_flags = ["--steps", "1", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
+    dedup.main(["train", *train_flags])
+    with mock.patch.object(train, "check_data", lambda s, data: sizes.append(len(data))):
+        sizes = []
+        dedup.main(["train", "--resume", "--out", str(tmp_path)])
+        train.main(["--resume", "--out", str(tmp_path)])  # control
+        assert sizes[0] <= 27 and sizes[1] == 32
+    refused("the data are not those", train.main, ["--resume", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("augment", [True, False])
@@ -110,8 +116,8 @@ def test_training_counts_mirror_images_where_it_shows_them(augment, monkeypatch)
         return Dataset(images, [["a"]] * len(images), augment=augment)
 
     monkeypatch.setattr(train, "load", mirrored)
-    s, _ = train.parse_args(["--dedup"])
-    data, _ = train.load_data(s, 0)
+    s, _ = train.parse_args([])
+    data, _ = dedup.load_data(s, 0)
     assert (len(data) < 5) == augment
 
 
@@ -180,3 +186,18 @@ def test_measuring_prints_recall_of_each_kind_and_precision(command, capsys):
     assert rows[4, 1] == pytest.approx(100 * planted / (planted + 7), abs=0.1)
     command("--measure")  # control: without mirror images
     assert float(capsys.readouterr().out.splitlines()[5].split()[-1].rstrip("%")) < 50
+
+
+def test_duplicates_among_read_only_pictures_are_found_without_a_warning(tmp_path):
+    write_captions(tmp_path, 12)
+    images = load("captions", tmp_path, size=8).images
+    assert isinstance(images, np.memmap) and not images.flags.writeable
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            near_duplicates(images, images)
+            with pytest.raises(UserWarning, match="not writable"):  # control
+                torch.from_numpy(images)
+    finally:
+        torch.set_warn_always(False)
