@@ -518,18 +518,16 @@ class CoCa(nn.Module):
         return self.multimodal(states, image_context)
 
     @torch.no_grad()
-    def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, top_p=1.0,
-                 generator=None):
+    def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, generator=None):
         """Captions of images (B, 3, S, S) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
         temperature (not sigma) 0 is greedy; else sample from softmax(logits / temperature), among
-        the top_k likeliest tokens only (0 = all) and the fewest that hold a share top_p of the
-        probability.
+        the top_k likeliest tokens only (0 = all).
         """
         max_len = min(max_len, self.config.text_len)
-        if not (max_len >= 1 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-            raise ValueError("max_len must be at least 1, temperature and top_k at least 0, top_p "
-                             f"in (0, 1], not {max_len}, {temperature}, {top_k}, {top_p}")
+        if not (max_len >= 1 and temperature >= 0 and top_k >= 0):
+            raise ValueError("max_len must be at least 1, temperature and top_k at least 0, not "
+                             f"{max_len}, {temperature}, {top_k}")
         image_context, _ = self.pool_image(images)                      # (B, Q, D)
         tokens = torch.full((len(images), max_len), PAD, device=images.device)
         tokens[:, 0] = BEGIN
@@ -539,7 +537,7 @@ class CoCa(nn.Module):
             state = self.unimodal.extend(tokens[:, t - 1:t], t - 1, cache)  # (B, 1, D)
             state = self.multimodal(state, image_context, cache)        # (B, 1, D)
             logits = self.multimodal.head(state[:, 0])                  # (B, V)
-            sampled = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            sampled = sample(logits, temperature, top_k, generator)     # (B,)
             tokens[:, t] = sampled.masked_fill(done, PAD)
             done |= (sampled == END) | (sampled == PAD)
             if done.all():
@@ -553,15 +551,14 @@ class CoCa(nn.Module):
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, V) -> next tokens (B,): greedy at temperature 0, else top-k, nucleus sampling."""
+def sample(logits, temperature=0.0, top_k=0, generator=None):
+    """logits (B, V) -> next tokens (B,): greedy at temperature 0, else of the top_k likeliest."""
     if not temperature:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(-1, descending=True)    # the likeliest first
     p = logits.softmax(-1)
     if top_k:
         p[:, top_k:] = 0
-    p[p.cumsum(-1) - p >= top_p] = 0  # keep a token while those before it hold less than top_p
     return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
 
 

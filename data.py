@@ -3,28 +3,28 @@
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
     load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ...
-    load("captions", "DIR")       a table DIR/captions.csv: lines of image,caption
+    load("captions", "DIR")       DIR/captions.csv: lines of image,caption
 
 Whatever is wrong with a file is a UserError of one line: what, where, and what to do.
 """
-import argparse
 import contextlib
 import csv
 import dataclasses
 import hashlib
-import http.client
 import json
 import math
+import operator
 import os
 import pickle
 import re
+import shlex
 import sys
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import permutations, repeat
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from coca import BEGIN, END, PAD, UNKNOWN
-
 
 # ------------------------------------------------------------------------------------------------
 # Dataset and load
@@ -81,24 +80,27 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     many training images are kept apart and take the place of the evaluation images (but not of
     scenes' "zeroshot" and "labelled-val").
     """
-    def pick_rows(count):
-        return pick(count, split, subset, val_from_train)
-
-    part = "train" if val_from_train or split in ("train", "labelled") else "val"
-    if name == "shapes":
-        if val_from_train and split in ("train", "val"):
-            data = shapes("train", size, seed)
-            return select(data, pick_rows(len(data)))
+    if name == "shapes" and not (val_from_train and split in ("train", "val")):
         return shapes(split, size, seed, subset)
-    if not data_dir or not (download or os.path.exists(data_dir)):
-        raise UserError(f"--data-dir {data_dir}: no such folder; {name} needs that of its files")
-    data_dir = Path(data_dir)
-    if name in CIFAR:
-        data = cifar(name, data_dir, part, size, download)
-        return select(data, pick_rows(len(data)))
-    read = coco if name == "coco" else captions_table
-    captions, source = read(data_dir, part)  # {path: [caption, ...]}
-    return captioned_images(captions, pick_rows, size, f"{name}-{part}", source)
+    if name in ("coco", "captions") and split not in ("train", "val"):
+        raise UserError(f"{name} has no classes; add --data cifar10 --data-dir DIR")
+    if download and name not in CIFAR:
+        raise UserError("--download fetches CIFAR only; get other data yourself, give --data-dir")
+    if name != "shapes" and not (data_dir and (download or os.path.exists(data_dir))):
+        raise UserError(f"--data-dir {data_dir}: no such folder; {name} needs the one of its files")
+    files = "train" if val_from_train or split in ("train", "labelled") else "val"
+    if name in ("coco", "captions"):
+        read = coco if name == "coco" else captions_table
+        captions, source, folders = read(Path(data_dir), files)
+        paths = sorted(captions)
+        rows = pick(len(paths), split, subset, val_from_train)
+        captions = {paths[i]: captions[paths[i]] for i in rows}
+        return captioned_images(captions, size, f"{name}-{split}", source, folders)
+    if name == "shapes":
+        data = shapes(files, size, seed)
+    else:
+        data = cifar(name, Path(data_dir), files, size, download)
+    return select(data, pick(len(data), split, subset, val_from_train))
 
 
 def pick(count, split, subset, val_from_train):
@@ -120,19 +122,35 @@ def pick(count, split, subset, val_from_train):
     return rows
 
 
-# Numbers like 3.5; words like t-shirt, and "man's" as man 's; punctuation
-WORD = re.compile(r"\d+(?:[.,]\d+)+|['’]?\w+(?:-\w+)*|[^\w\s]")
-NO_BLANK = re.compile(r" (?=['’](?:[sdmt]|re|ve|ll)\b|['’](?: |$)|[.,;:!?%)\]])|(?<=[(\[]) ")
+# ------------------------------------------------------------------------------------------------
+# Words and batches
+
+# Accents and the like, which belong to the word before them
+MARKS = "".join(c for c in map(chr, range(0x300, 0xFE30)) if unicodedata.category(c)[0] == "M")
+SIGNS = "\u3001-\u30ff\u3400-\u9fff\uff01-\uff9f"  # Chinese, Japanese: each sign is a word
+LETTER = rf"(?:(?![{SIGNS}])[\w{MARKS}])"
+# Numbers like 3.5; signs; words like t-shirt, and "man's" as man 's; punctuation
+WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{SIGNS}][{MARKS}]*|'?{LETTER}+(?:-{LETTER}+)*|[^\w\s]")
+NO_BLANK = re.compile(r" (?='(?:[sdmt]|re|ve|ll)\b|'(?: |$)|[.,;:!?%)\]])|(?<=[(\[]) |"
+                      rf"(?<=[{SIGNS}{MARKS}]) (?=[{SIGNS}])")  # where decode joins words
+SPELLING = str.maketrans("’", "'", "\u00ad\u200b\ufeff")  # the three are not seen, and go
 
 
 def words(text):
     """Text -> its words and punctuation marks, lower-cased."""
-    return WORD.findall(unicodedata.normalize("NFC", text).lower())
+    return WORD.findall(unicodedata.normalize("NFC", text).lower().translate(SPELLING))
 
 
-def is_cut(text, text_len):
-    """Is the text too long for text_len tokens, BEGIN and END among them?"""
-    return len(words(text)) > text_len - 2
+def note_cut(texts, text_len):
+    """Says how many of the texts are too long for text_len tokens, BEGIN and END among them."""
+    cut = sum(len(words(text)) > text_len - 2 for text in texts)
+    if cut:
+        note(f"{cut} of {len(texts)} texts cut to {text_len - 2} words (text_len is {text_len})")
+
+
+def share_unknown(tokens):
+    """Which share of the words of tokens (N, L) the tokenizer does not know."""
+    return (tokens == UNKNOWN).sum() / (tokens > END).sum()
 
 
 def pad_right(rows):
@@ -214,11 +232,8 @@ class Batches:
         for texts in data.captions:
             self.choices.append([rows.setdefault(text, len(rows)) for text in texts])
         self.tokens = tokenizer.encode(rows, text_len)                  # (texts, L)
-        cut = sum(is_cut(text, text_len) for text in rows)
-        if cut:
-            note(f"{cut} captions cut to {text_len - 2} words")
-        left_right = [tokenizer.index.get(word, -1) for word in ("left", "right")]
-        self.left_right = torch.tensor(left_right)
+        note_cut(rows, text_len)
+        self.sided = np.array([names_a_side(text) for text in rows])    # (texts,)
         self.epoch = None
 
     def __call__(self, step):
@@ -238,10 +253,16 @@ class Batches:
             border = images.shape[-1] // 8
             corner = rng.integers(0, 2 * border + 1, (self.batch_size, 2))[self.own]
             flip = (rng.random(self.batch_size) < 0.5)[self.own]
-            flip &= ~torch.isin(tokens, self.left_right).any(1).numpy()  # "left" must stay true
+            flip &= ~self.sided[drawn]  # "left" must stay true
             images = crop_and_flip(images, border, corner, flip)
         images = torch.from_numpy(images).to(self.device)
         return to_model(images), tokens[:, :longest].to(self.device)
+
+
+def names_a_side(text):
+    """Does the text say left or right, as in left-handed and rightmost, too?"""
+    parts = "-".join(words(text)).split("-")
+    return not {"left", "right", "leftmost", "rightmost"}.isdisjoint(parts)
 
 
 def crop_and_flip(images, border, corner, flip):
@@ -361,351 +382,45 @@ def shapes(split, size, seed, subset=0):
 
 
 # ------------------------------------------------------------------------------------------------
-# cifar10, cifar100
+# CIFAR: labels become text by prompts, as JFT's do (Sec. 4.1)
 
-TEMPLATES = [  # labels become text by prompts, as JFT's do (Sec. 4.1): 8 of CLIP's 18 for CIFAR
+TEMPLATES = [  # 8 of CLIP's 18 for CIFAR
     "a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.",
     "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
     "a photo of a big {}.", "a photo of the {}."]
-CIFAR = {
-    "cifar10": dict(
-        folder="cifar-10-batches-py", train=[f"data_batch_{i}" for i in range(1, 6)],
-        val=["test_batch"], meta="batches.meta", names="label_names", labels="labels",
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        md5="c58f30108f718f92721af3b95e74349a"),
-    "cifar100": dict(
-        folder="cifar-100-python", train=["train"], val=["test"],
-        meta="meta", names="fine_label_names", labels="fine_labels",
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        md5="eb9058c3a382ffc7106e4002c42a8d85"),
-}
 
 
-class Stub:
-    """Stands for a numpy array and its dtype in a pickle: keeps what is said of it, runs nothing."""
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain containers; arrays become Stubs. (numpy's own would trust a file's dtypes.)"""
-
-    def find_class(self, module, name):
-        if module.split(".")[0] != "numpy" or name not in ("_reconstruct", "ndarray", "dtype"):
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, as no CIFAR file does")
-        return Stub
-
-
-def read_cifar(path, key, classes=()):
-    """-> what a CIFAR file holds under key: names of classes, or with these the labels (n,) and the
-    images (n, 3, 32, 32).
-    """
-    try:
-        with open(path, "rb") as f:
-            content = PlainUnpickler(f, encoding="latin1").load()
-        if not classes:
-            return [name.replace("_", " ") for name in content[key]]
-        labels = np.array(content[key])
-        if labels.dtype.kind != "i" or not 0 <= labels.min() <= labels.max() < len(classes):
-            raise ValueError(f"labels other than 0 to {len(classes) - 1}")
-        _, shape, kind, by_columns, pixels = content["data"].state
-        if (kind.args[0], *shape, by_columns) != ("u1", *labels.shape, 3072, False):
-            raise ValueError("not 3072 bytes for each label")
-        if isinstance(pixels, str):  # of Python 2
-            pixels = pixels.encode("latin1")
-        return labels, np.frombuffer(pixels, np.uint8).reshape(len(labels), 3, 32, 32)
-    except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run "
-                        "again with --download") from None
-
-
-def cifar(name, data_dir, part, size, download):
+def cifar(name, data_dir, files, size, download):
+    """Dataset of the training or the test images, files "train" or "val"."""
     kind = CIFAR[name]
     if download:
         fetch(kind["url"], kind["md5"], data_dir)
     root = data_dir / kind["folder"]
     if not root.is_dir():  # DIR may be the folder itself
         root = data_dir
-    files = [root / file for file in kind[part]]
-    found = [path for path in files if path.is_file()]
+    paths = [root / file for file in kind[files]]
+    found = [path for path in paths if path.is_file()]
     if not found:
-        raise UserError(f"{files[0]}: no such file; give its folder as --data-dir, or add "
+        raise UserError(f"{paths[0]}: no such file; give its folder as --data-dir, or add "
                         "--download")
-    if len(found) < len(files):
-        note(f"{len(found)} of {len(files)} {part} batches of {name} are in {root}; using those")
+    if len(found) < len(paths):
+        note(f"{len(found)} of {len(paths)} {files} batches of {name} are in {root}; using those")
     classes = read_cifar(root / kind["meta"], kind["names"])
     batches = [read_cifar(path, kind["labels"], classes) for path in found]
     labels = np.concatenate([labels for labels, _ in batches])
     images = resize(np.concatenate([images for _, images in batches]), size)
     captions = [[template.format(classes[label]) for template in TEMPLATES] for label in labels]
-    return Dataset(images, captions, labels, classes, TEMPLATES, augment=True)
-
-
-def resize(images, size):
-    """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
-    H, W = images.shape[2:]
-    if H == W == size:
-        return images
-    side = min(H, W)
-    top = (H - side) // 2
-    left = (W - side) // 2
-    resized = np.empty((len(images), 3, size, size), np.uint8)
-    for i in range(0, len(images), 1000):
-        square = torch.tensor(images[i:i + 1000, :, top:top + side, left:left + side])
-        resized[i:i + 1000] = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
-    return resized
-
-
-def fetch(url, md5, folder):
-    """Downloads an archive, if it is not there, checks its md5 and unpacks it in the folder."""
-    archive = folder / url.rsplit("/", 1)[1]
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError("this Python cannot unpack safely; update to 3.10.12, 3.11.4 or newer")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            torch.hub.download_url_to_file(url, str(archive))  # renamed when it is whole
-        if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
-            raise OSError(f"its md5 is not {md5}")
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")  # no links, devices or paths that lead outside
-    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError) as e:
-        raise UserError(f"{url}: download failed ({e}); delete {archive}, if it is there, and run "
-                        "again") from None
+    return Dataset(images, captions, labels, classes, TEMPLATES, augment=True, source=str(root))
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures in files
+# Plumbing: nothing about CoCa below
 
-# What Pillow may read. (All it knows would include PostScript, for which it starts a program)
-FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
-
-
-def pillow():
-    """Pillow's Image module: imported only where pictures are read or written."""
-    try:
-        from PIL import Image
-        return Image
-    except ImportError:
-        raise UserError("pictures need Pillow; run: pip install pillow") from None
+# Programs: what they say, and how they end
 
 
-def to_rgb(image):
-    """A Pillow image of any mode as a viewer shows it: RGB, transparent parts white."""
-    Image = pillow()
-    if image.mode.startswith(("I", "F")):  # which convert() would cut at 255
-        raise ValueError("more than 8 bits a channel; convert it to 8")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def read_image(path, size):
-    """Image file -> (3, size, size) uint8: the square in the middle."""
-    Image = pillow()
-    from PIL import ImageOps
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
-            image = to_rgb(ImageOps.exif_transpose(image))
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            return np.array(image).transpose(2, 0, 1)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
-        if Path(path).suffix.lower() in (".heic", ".heif"):
-            raise UserError(f"{path}: HEIC is not read; convert it, for example with ImageMagick: "
-                            "magick mogrify -format jpg *.heic") from None
-        raise UserError(f"{path}: not a readable image of {', '.join(FORMATS)} ({e})") from None
-
-
-def cached_images(paths, size, name):
-    """Decodes each picture once -> (N, 3, size, size) uint8, kept in ~/.cache/coca or $COCA_CACHE.
-
-    The file's name is a hash of all paths, dates, lengths and the size in pixels: if one changes, a
-    new file is made. (Old ones stay until you delete them.)
-    """
-    facts = [size]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: no such file; put it back, or take it out of the table")
-        found = os.stat(path)
-        facts.append([path, found.st_mtime_ns, found.st_size])
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    folder = Path(os.environ.get("COCA_CACHE") or Path.home() / ".cache" / "coca")
-    file = folder / f"{name}-{size}px-{fingerprint[:32]}"
-    shape = (len(paths), 3, size, size)
-    try:
-        if not file.exists() or file.stat().st_size != math.prod(shape):
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as f:
-                decode_into(f, paths, size, name)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
-                        "set COCA_CACHE to a folder that can be written") from None
-    return np.memmap(file, np.uint8, "r", shape=shape)
-
-
-def decode_into(f, paths, size, name):
-    pillow()  # its absence should show at once
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = pool.map(read_image, paths, repeat(size))  # Pillow releases Python's lock
-        try:
-            for image in tqdm(images, f"decoding {name}", len(paths), leave=False):
-                f.write(image.tobytes())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def captioned_images(captions, pick_rows, size, name, source):
-    """captions: {path: [caption, ...]} -> Dataset. source: the file that names the paths."""
-    paths = sorted(captions)
-    if not paths:
-        raise UserError(f"{source}: no pictures with captions; check the file")
-    paths = [paths[i] for i in pick_rows(len(paths))]
-    images = cached_images(paths, size, name)
-    names = [os.path.basename(path) for path in paths]
-    return Dataset(images, [captions[path] for path in paths], names=names, augment=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# coco
-
-
-def read_text(path):
-    """UTF-8 with or without a mark, or UTF-16 with one -> text, its lines ended by \\n."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-
-
-@contextlib.contextmanager
-def one_error(path):
-    """Whatever is wrong with a file's text becomes a UserError of one line."""
-    try:
-        yield
-    except UnicodeError as e:
-        raise UserError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        what = e if isinstance(e, ValueError) else repr(e)
-        raise UserError(f"{path}: {what!s:.300}; mend it, or get it again") from None
-
-
-def coco(data_dir, part):
-    """-> {path: [caption, ...]}, the file they are from. Both splits are of one year, the first
-    that is whole.
-    """
-    for year in ("2017", "2014"):
-        source = data_dir / "annotations" / f"captions_{part}{year}.json"
-        wanted = [f"annotations/captions_train{year}.json", f"annotations/captions_val{year}.json",
-                  f"train{year}", f"val{year}"]
-        if all((data_dir / name).exists() for name in wanted):
-            return coco_captions(source, data_dir / f"{part}{year}"), source
-    raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017"
-                    ".json, annotations/captions_val2017.json, train2017/ and val2017/ (or all of "
-                    "2014)")
-
-
-def coco_captions(source, folder):
-    captions = defaultdict(list)
-    skipped = 0
-    with one_error(source):
-        content = json.loads(read_text(source))
-        paths = {}
-        for image in content["images"]:
-            paths[image["id"]] = os.path.join(folder, image["file_name"])
-        for annotation in content["annotations"]:
-            text = annotation["caption"] or ""
-            if annotation["image_id"] in paths and text.strip():
-                captions[paths[annotation["image_id"]]].append(text)
-            else:
-                skipped += 1
-    if skipped:
-        note(f"{source}: {skipped} captions skipped, empty or of images that it does not list")
-    return captions
-
-
-# ------------------------------------------------------------------------------------------------
-# captions: a table of your own. (Other kinds of tables: python -m experiments.tables)
-
-
-def captions_table(data_dir, part):
-    """-> {path: [caption, ...]}, the file they are from: captions.csv or captions.txt in data_dir.
-
-    Pictures are below data_dir or data_dir/Images. split: train is learned from; test is evaluated
-    on, or val where there is no test. Without it a hash of a picture's name chooses one in ten.
-    """
-    found = [data_dir / name for name in ("captions.csv", "captions.txt")]
-    found = [path for path in found if path.is_file()]
-    if not found:
-        raise UserError(f"{data_dir}: no captions.csv there; python -m experiments.tables makes it "
-                        "of other tables")
-    captions = defaultdict(list)
-    paths = defaultdict(set)  # of each split
-    for picture, caption, split in table_rows(found[0]):
-        path = os.path.join(data_dir, picture)
-        if not os.path.isfile(path):
-            path = os.path.join(data_dir, "Images", picture)
-        path = os.path.abspath(path)
-        captions[path].append(caption)
-        paths[split].add(path)
-    learned = paths["train"]
-    tested = paths["test"] or paths["val"]
-    if paths[""]:
-        names = held_out([os.path.basename(path) for path in captions])
-        tested = {path for path in captions if os.path.basename(path) in names}
-        learned = captions.keys() - tested
-    for path in learned & tested:
-        raise UserError(f"{found[0]}: {path} is in two splits; take it out of one")
-    if not learned or not tested:
-        raise UserError(f"{found[0]}: {len(learned)} pictures to learn from and {len(tested)} to "
-                        "evaluate on; give at least one of each, for example by a column split")
-    chosen = learned if part == "train" else tested
-    return {path: captions[path] for path in chosen}, found[0]
-
-
-def table_rows(path):
-    """Of each line the picture, a caption and the split, "" if the table does not say."""
-    with one_error(path):
-        header, *lines = read_text(path).split("\n")
-        if header not in ("image,caption", "image,caption,split"):
-            raise UserError(f"{path}: line 1 must be image,caption or image,caption,split; python "
-                            "-m experiments.tables makes that of other tables")
-        for number, line in enumerate(lines, 2):
-            if not line:
-                continue
-            try:
-                cells, = csv.reader([line], strict=True)
-            except csv.Error as e:
-                raise ValueError(f"line {number}: {e}: a quote is not closed, or not doubled within "
-                                 "a caption") from None
-            if len(cells) != header.count(",") + 1 or not all(cell.strip() for cell in cells):
-                raise ValueError(f"line {number}: must be {header}; quote captions that hold a "
-                                 "comma")
-            picture, caption, split = [*cells, ""][:3]
-            if split not in ("", "train", "val", "test"):
-                raise ValueError(f"line {number}: the split is {split!r}; write train, val or test")
-            yield picture, caption, split
-
-
-def held_out(names):
-    """About one name in ten for evaluation, at least one, by a hash: a new file moves no old one.
-
-    (If no hash was small enough, one name was chosen all the same; a new file may replace it.)
-    """
-    digest = {name: hashlib.sha256(name.encode()).digest() for name in names}
-    chosen = {name for name in names if digest[name][0] < 26}
-    return chosen or {min(names, key=digest.get)}
-
-
-# ------------------------------------------------------------------------------------------------
-# Programs: what they say, how they end, and files that are whole or not there
+class UserError(Exception):
+    """Something that the user can put right: one line that says what, where, and what to do."""
 
 
 def run_program(main):
@@ -730,17 +445,7 @@ def note(text):
         tqdm.write(f"note: {text}", file=sys.stderr)  # above a progress bar, not into it
 
 
-def new_file(path):
-    """For argparse: the path, if a new file can be made there. So it is known before the work."""
-    try:
-        open(path, "x").close()
-        os.remove(path)
-    except FileExistsError:
-        raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
-    except OSError as e:
-        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give "
-                                         "another") from None
-    return path
+# Files
 
 
 @contextlib.contextmanager
@@ -755,3 +460,365 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path):
+    """UTF-8 with or without a mark, or UTF-16 with one -> text, its lines ended by \\n."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextlib.contextmanager
+def one_error(path):
+    """Whatever is wrong with a file's text becomes a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeError as e:
+        raise UserError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
+    except Exception as e:  # others' files can be wrong in any way
+        what = e if isinstance(e, ValueError) else repr(e)
+        raise UserError(f"{path}: {what!s:.300}; mend it, or get it again") from None
+
+
+# CIFAR's files
+
+CIFAR = {
+    "cifar10": dict(
+        folder="cifar-10-batches-py", train=[f"data_batch_{i}" for i in range(1, 6)],
+        val=["test_batch"], meta="batches.meta", names="label_names", labels="labels",
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a"),
+    "cifar100": dict(
+        folder="cifar-100-python", train=["train"], val=["test"],
+        meta="meta", names="fine_label_names", labels="fine_labels",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85"),
+}
+
+
+class StandIn:
+    """Stands in a pickle for all that numpy and _codecs would make: keeps arguments and state."""
+
+    def __init__(self, *args):
+        self.args = args
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain containers and StandIns, and runs nothing that a file names."""
+
+    def find_class(self, module, name):
+        if module.split(".")[0] not in ("numpy", "_codecs"):
+            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, as no CIFAR file does")
+        return StandIn
+
+
+def plain(value):
+    """A StandIn of integers -> an array of them. All else stays."""
+    if not isinstance(value, StandIn):
+        return value
+    shape = ()
+    order = "C"
+    if value.state:  # numpy.ndarray
+        _, shape, kind, by_columns, content = value.state
+        order = "CF"[by_columns]
+    elif len(value.args) == 4:  # numpy's _frombuffer, in protocol 5
+        content, kind, shape, order = value.args
+    else:  # numpy.int64 and the like
+        kind, content = value.args
+    if isinstance(content, StandIn):  # _codecs.encode
+        content = content.args[0]
+    if isinstance(content, str):  # of Python 2, or of protocol 2
+        content = content.encode("latin1")
+    name = kind.state[1] + kind.args[0]  # such as <i8
+    if not re.fullmatch("[<>|][iu][1248]", name):
+        raise pickle.UnpicklingError(f"numbers of type {name}")
+    return np.frombuffer(content, name).reshape(shape, order=order)
+
+
+def read_cifar(path, key, classes=()):
+    """-> what a CIFAR file holds under key: names of classes, or with these the labels (n,) and the
+    images (n, 3, 32, 32).
+    """
+    try:
+        with open(path, "rb") as f:
+            content = PlainUnpickler(f, encoding="latin1").load()
+        if not classes:
+            return [name.replace("_", " ") for name in content[key]]
+        labels = np.array([operator.index(plain(label)) for label in plain(content[key])])
+        images = plain(content["data"])
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
+            raise ValueError("not 3072 bytes for each label")
+        if not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError(f"labels other than 0 to {len(classes) - 1}")
+        return labels, images.reshape(-1, 3, 32, 32)
+    except Exception as e:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run "
+                        "again with --download") from None
+
+
+def resize(images, size):
+    """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
+    H, W = images.shape[2:]
+    if H == W == size:
+        return images
+    side = min(H, W)
+    top = (H - side) // 2
+    left = (W - side) // 2
+    resized = np.empty((len(images), 3, size, size), np.uint8)
+    for i in range(0, len(images), 1000):
+        square = torch.tensor(images[i:i + 1000, :, top:top + side, left:left + side])
+        resized[i:i + 1000] = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
+    return resized
+
+
+def fetch(url, md5, folder):
+    """Downloads an archive, if it is not there, checks its md5 and unpacks it in the folder."""
+    archive = folder / url.rsplit("/", 1)[1]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            torch.hub.download_url_to_file(url, str(archive))  # renamed when it is whole
+        if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+            raise OSError(f"its md5 is not {md5}")
+        with tarfile.open(archive) as tar:
+            # No links, devices or paths that lead outside. (Before Python 3.10.12: a TypeError)
+            tar.extractall(folder, filter="data")
+    except Exception as e:  # of the network, the disk or the archive
+        raise UserError(f"{url}: download failed ({e}); delete {archive}, if it is there, and run "
+                        "again") from None
+
+
+# Pictures in files
+
+# What Pillow may read. (All it knows would include PostScript, for which it starts a program)
+FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]
+
+
+def pillow():
+    """Pillow's Image module: imported only where pictures are read or written."""
+    try:
+        from PIL import Image
+        return Image
+    except ImportError:
+        raise UserError("pictures need Pillow; run: pip install pillow") from None
+
+
+def to_rgb(image):
+    """A Pillow image of any mode as a viewer shows it: RGB, transparent parts white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("more than 8 bits a channel; convert it to 8")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = pillow().new("RGBA", image.size, "white")
+        return pillow().alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path, size):
+    """Image file -> (3, size, size) uint8: the square in the middle."""
+    Image = pillow()
+    from PIL import ImageOps
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft(None, (size, size))  # JPEG only: decode at the smallest scale that suffices
+            image = to_rgb(ImageOps.exif_transpose(image))
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            return np.array(image).transpose(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as e:  # Pillow's decoders raise nearly anything on a damaged file
+        raise UserError(f"{path}: not a readable image of {', '.join(FORMATS)} ({e})") from None
+
+
+def captioned_images(captions, size, name, source, folders):
+    """captions: {path: [caption, ...]} -> Dataset. source: the file that names the paths; folders:
+    where the pictures were looked for.
+    """
+    advice = (f"{source} names them; looked in {' and '.join(map(str, folders))}. Mend them, or "
+              f"leave out those that are not there: {converter(source.parent)}")
+    images = cached_images([*captions], size, name, advice)
+    names = [os.path.basename(path) for path in captions]
+    return Dataset(images, [*captions.values()], names=names, augment=True, source=str(source))
+
+
+def cached_images(paths, size, name, advice):
+    """Decodes each picture once -> (N, 3, size, size) uint8, kept in ~/.cache/coca or $COCA_CACHE.
+
+    The file's name ends in a hash of all paths, dates, lengths and the size in pixels: if one
+    changes, a new file is made. (Old ones stay until you delete them.)
+    """
+    facts = [size]
+    for path in paths:
+        facts.append(path)
+        if os.path.isfile(path):  # (else decode_into will say so)
+            found = os.stat(path)
+            facts += [found.st_mtime_ns, found.st_size]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    shape = (len(paths), 3, size, size)
+    folder = os.environ.get("COCA_CACHE") or "~/.cache/coca"
+    try:
+        folder = Path(folder).expanduser()
+        file = folder / f"{name}-{size}px-{digest[:32]}"
+        if not file.exists() or file.stat().st_size != math.prod(shape):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as f:
+                decode_into(f, paths, size, name, advice)
+    except (OSError, RuntimeError) as e:  # RuntimeError: no home folder
+        raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
+                        "set COCA_CACHE to a folder that can be written") from None
+    return np.memmap(file, np.uint8, "r", shape=shape)
+
+
+def decode_into(f, paths, size, name, advice):
+    """Writes the pictures' pixels. All are tried before a UserError says which cannot be read."""
+    def decode(path):
+        try:
+            return read_image(path, size)
+        except UserError as e:
+            return e
+
+    pillow()  # its absence should show at once
+    broken = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = pool.map(decode, paths)  # Pillow releases Python's lock
+        try:
+            for image in tqdm(images, f"decoding {name}", len(paths), leave=False):
+                if isinstance(image, UserError):
+                    broken.append(str(image))
+                else:
+                    f.write(image.tobytes())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if broken:
+        raise UserError(f"{len(broken)} of {len(paths)} pictures cannot be read: "
+                        f"{'; '.join(broken[:10])}. {advice}")
+
+
+# COCO and captions: tables of pictures and their captions
+
+
+def coco(data_dir, files):
+    """-> {path: [caption, ...]}, the file they are from, the pictures' folders. files: "train" or
+    "val". Both are of one year, the first that is whole.
+    """
+    for year in ("2017", "2014"):
+        wanted = [f"annotations/captions_train{year}.json", f"annotations/captions_val{year}.json",
+                  f"train{year}", f"val{year}"]
+        if all((data_dir / name).exists() for name in wanted):
+            source = data_dir / "annotations" / f"captions_{files}{year}.json"
+            folder = data_dir / f"{files}{year}"
+            return coco_captions(source, folder), source, [folder]
+    raise UserError(f"{data_dir}: not whole; --data-dir must hold annotations/captions_train2017"
+                    ".json, annotations/captions_val2017.json, train2017/ and val2017/ (or all of "
+                    f"2014). For other files: {converter(data_dir)}, then --data captions")
+
+
+def coco_captions(source, folder):
+    captions = defaultdict(list)
+    skipped = 0
+    with one_error(source):
+        content = json.loads(read_text(source))
+        paths = {}
+        for image in content["images"]:
+            paths[image["id"]] = os.path.join(folder, image["file_name"])
+        for annotation in content["annotations"]:
+            text = annotation["caption"] or ""
+            if annotation["image_id"] in paths and text.strip():
+                captions[paths[annotation["image_id"]]].append(text)
+            else:
+                skipped += 1
+        if not captions:
+            raise ValueError("no captions of its images")
+    if skipped:
+        note(f"{source}: {skipped} captions skipped, empty or of images that it does not list")
+    return captions
+
+
+TABLES = ["coca.csv", "captions.csv", "captions.txt"]  # the first that is there is read
+
+
+def converter(folder):
+    """The command that makes coca.csv of other tables, and of tables whose pictures are not all
+    there.
+    """
+    return f"python -m experiments.tables {shlex.quote(str(folder))}"
+
+
+def captions_table(data_dir, files):
+    """-> {path: [caption, ...]}, the file they are from, the pictures' folders: the first of TABLES
+    in data_dir, and data_dir or its Images.
+
+    files: "train" or "val". The table's split train is learned from; test is evaluated on, or val
+    where there is no test. Without splits a hash chooses one picture in ten (held_out).
+    """
+    tables = [data_dir / name for name in TABLES if (data_dir / name).is_file()]
+    if not tables:
+        raise UserError(f"{data_dir}: no {', '.join(TABLES)} there; {converter(data_dir)} makes "
+                        "one of other tables")
+    folders = [data_dir, data_dir / "Images"]
+    captions = defaultdict(list)
+    paths = defaultdict(set)  # of each split
+    for picture, caption, split in table_rows(tables[0]):
+        path = os.path.abspath(folders[0] / picture)
+        if not os.path.isfile(path):
+            path = os.path.abspath(folders[1] / picture)
+        captions[path].append(caption)
+        paths[split].add(path)
+    learned = paths["train"]
+    tested = paths["test"] or paths["val"]
+    if paths[""]:
+        tested = held_out(captions)
+        learned = captions.keys() - tested
+    for path in learned & tested:
+        raise UserError(f"{tables[0]}: {path} is in two splits; take it out of one")
+    if not learned or not tested:
+        raise UserError(f"{tables[0]}: {len(learned)} pictures to learn from and {len(tested)} to "
+                        "evaluate on; give at least one of each, for example by a column split")
+    chosen = learned if files == "train" else tested
+    return {path: captions[path] for path in chosen}, tables[0], folders
+
+
+def table_rows(table):
+    """Of each line the picture, a caption and the split, "" if the table does not say."""
+    with one_error(table):
+        header, *lines = read_text(table).split("\n")
+        if header not in ("image,caption", "image,caption,split"):
+            raise UserError(f"{table}: line 1 must be image,caption or image,caption,split; for "
+                            f"other tables: {converter(table.parent)}")
+        for number, line in enumerate(lines, 2):
+            if not line:
+                continue
+            try:
+                cells, = csv.reader([line], strict=True)
+            except csv.Error as e:
+                raise ValueError(f"line {number}: {e}: a quote is not closed, or not doubled in a "
+                                 "caption") from None
+            if len(cells) != header.count(",") + 1 or not all(cell.strip() for cell in cells):
+                raise ValueError(f"line {number}: must be {header}, and a caption with a comma in "
+                                 "quotes")
+            picture, caption, split = [*cells, ""][:3]
+            if split not in ("", "train", "val", "test"):
+                raise ValueError(f"line {number}: the split is {split!r}; write train, val or test")
+            yield picture, caption, split
+
+
+def held_out(paths):
+    """About one picture in ten for evaluation, at least one, by a hash of its path below the folder
+    that all share. So moving that folder changes no split, and a new file moves no old one.
+
+    (If no hash was small enough, one was chosen all the same; a new file may replace it.)
+    """
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    digest = {}
+    for path in paths:
+        below = Path(path).relative_to(root).as_posix()
+        digest[path] = hashlib.sha256(below.encode()).digest()
+    chosen = {path for path in paths if digest[path][0] < 26}
+    return chosen or {min(paths, key=digest.get)}

@@ -29,17 +29,17 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from coca import END, UNKNOWN, AttentionalPooler, CoCa, CoCaConfig
+from coca import UNKNOWN, AttentionalPooler, CoCa, CoCaConfig
 from data import (
     NAMES,
     Tokenizer,
     UserError,
-    is_cut,
     load,
-    new_file,
     note,
+    note_cut,
     read_image,
     run_program,
+    share_unknown,
     to_model,
     words,
 )
@@ -78,20 +78,26 @@ def embed_texts(model, tokenizer, texts, batch=1024):
 
 
 def load_split(model, s, split):
-    """The data of settings s (data, data_dir, seed, val_from_train) at the model's size."""
+    """The data of settings s (data, data_dir, seed, val_from_train) at the model's size. A run with
+    a load_data of its own (train.main) has it in s.
+    """
+    if "load_data" in s:
+        return s["load_data"](s, split)
     return load(s["data"], s["data_dir"], split, model.config.image_size, 0, s["seed"],
                 val_from_train=s.get("val_from_train", 0))
+
+
+def load_classes(model, s, split="zeroshot"):
+    data = load_split(model, s, split)
+    if not data.classes:
+        raise UserError("the images have no classes")
+    return data
 
 
 def need_embeddings(model):
     if not model.config.lambda_con:
         raise UserError("the checkpoint was trained with --lambda-con 0, its embeddings mean "
                         "nothing")
-
-
-def need_classes(s):
-    if s["data"] in ("coco", "captions"):
-        raise UserError(f"{s['data']} has no classes; add --data cifar10 --data-dir DIR")
 
 
 def constant_answer(labels):
@@ -135,8 +141,7 @@ def zero_shot_task(model, tokenizer, s):
     (embed_classes); ties and NaN count as wrong (zero_shot).
     """
     need_embeddings(model)
-    need_classes(s)
-    data = load_split(model, s, "zeroshot")
+    data = load_classes(model, s)
     classes = embed_classes(model, tokenizer, data.classes, data.templates)
     return {"zero-shot top-1": zero_shot_score(model, data, classes)}
 
@@ -332,7 +337,7 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
     found = {name: (value, chance[name]) for name, value in score(captions).items()}
     found["distinct captions"] = len(set(captions)) / len(captions), 1 / len(captions)
     tokens = tokenizer.encode([text for texts in true for text in texts], model.config.text_len)
-    unknown = (tokens == UNKNOWN).sum() / (tokens > END).sum()
+    unknown = share_unknown(tokens)
     if unknown:
         print(f"{unknown:.1%} of the words in the true captions are unknown")
     for text, texts in list(zip(captions, true))[:examples]:
@@ -484,12 +489,6 @@ def tensors(data):
     return (torch.from_numpy(np.array(data.images)),), torch.from_numpy(data.labels)
 
 
-def load_labelled(model, s):
-    """-> labelled images to learn from, and others to be tested on."""
-    need_classes(s)
-    return load_split(model, s, "labelled"), load_split(model, s, "labelled-val")
-
-
 def learn_images(model, s, data, test, recipe, what, **how):
     """Learns the images of data with a new classifier -> accuracy on those of test, and chance."""
     classifier = new_classifier(model, s, data, **how)
@@ -499,7 +498,8 @@ def learn_images(model, s, data, test, recipe, what, **how):
 
 def frozen_task(model, tokenizer, s):
     """Sec. 3.3 "Frozen-feature evaluation": a linear probe, and the paper's way: a new pooler."""
-    data, test = load_labelled(model, s)
+    data = load_classes(model, s, "labelled")
+    test = load_classes(model, s, "labelled-val")
     linear = learn_images(model, s, data, test, FROZEN, "linear probe", pooled=False)
     pooled = learn_images(model, s, data, test, FROZEN, "new pooler")
     return {"frozen, linear probe": linear, "frozen, new pooler": pooled}
@@ -507,7 +507,8 @@ def frozen_task(model, tokenizer, s):
 
 def finetuned_task(model, tokenizer, s):
     """The same with the encoder learning, too."""
-    data, test = load_labelled(model, s)
+    data = load_classes(model, s, "labelled")
+    test = load_classes(model, s, "labelled-val")
     return {"finetuned": learn_images(model, s, data, test, FINETUNED, "finetuning")}
 
 
@@ -551,6 +552,8 @@ def as_text(what, value):
 
 
 # ------------------------------------------------------------------------------------------------
+# Plumbing: nothing about CoCa below
+
 # Your own pictures
 
 
@@ -565,8 +568,7 @@ def check_texts(texts, model, tokenizer):
         if rows[i] in rows[:i]:
             first = texts[rows.index(rows[i])]
             raise UserError(f"{first!r} and {text!r} are the same to the checkpoint; drop one")
-        if is_cut(text, model.config.text_len):
-            note(f"{text!r}: only its first {model.config.text_len - 2} words count")
+    note_cut(texts, model.config.text_len)
     unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
     if unknown:
         note(f"words that the checkpoint does not know: {', '.join(unknown)}")
@@ -621,7 +623,6 @@ def own_images(args, model, tokenizer):
     return images, scores
 
 
-# ------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -698,10 +699,9 @@ def main(argv=None):
         write_new(args.json, json.dumps(scores, indent=1))
 
 
-# ------------------------------------------------------------------------------------------------
 # Loading, and devices
 
-FORMAT = 2  # of a checkpoint; goes up when older ones can no longer be read
+FORMAT = 3  # of a checkpoint; goes up when older ones can no longer be read
 
 
 def load_checkpoint(path):
@@ -740,6 +740,19 @@ def pick_device(name):
         why = str(e).splitlines()[0]
         raise UserError(f"--device {name}: cannot be used here ({why}); leave it out") from None
     return name
+
+
+def new_file(path):
+    """For argparse: the path, if a new file can be made there. So it is known before the work."""
+    try:
+        open(path, "x").close()
+        os.remove(path)
+    except FileExistsError:
+        raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give "
+                                         "another") from None
+    return path
 
 
 def write_new(path, text):

@@ -15,8 +15,10 @@
 """
 import argparse
 import contextlib
+import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import shlex
@@ -31,28 +33,17 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from coca import (
-    CONFIGS,
-    END,
-    PAD,
-    UNKNOWN,
-    CoCa,
-    CoCaConfig,
-    caption_ids,
-    contrastive_loss,
-    count_parameters,
-)
+from coca import CONFIGS, PAD, CoCa, CoCaConfig, caption_ids, contrastive_loss, count_parameters
 from data import (
-    CIFAR,
     NAMES,
     Batches,
     Tokenizer,
     UserError,
-    fingerprint,
     load,
     note,
     replacing,
     run_program,
+    share_unknown,
     to_model,
 )
 from eval import FORMAT, evaluate, load_checkpoint, pick_device
@@ -231,7 +222,7 @@ def new_model(s, data, source=None):
     model = CoCa(config_of(s))
     if source is None or "encoder" in s.fresh:
         some = to_model(torch.tensor(data.images[:256]))
-        whiten_patches(model.encoder.patches, some, 0.0 if s.data == "shapes" else 0.5)
+        whiten_patches(model.encoder.patches, some, 0.5 if data.augment else 0.0)
     if source is None:
         return model, tokenizer
     weights = source[0].state_dict()
@@ -280,9 +271,9 @@ def whiten_patches(layer, images, whitening):
 
 
 # ------------------------------------------------------------------------------------------------
-# Settings
+# Settings that depend on the data, and the parts of a model
 
-# Settings that depend on the data. The paper's learning rate is 8e-4 (Sec. 4.1), for models that
+# The paper's learning rate is 8e-4 (Sec. 4.1), for models that
 # are hundreds of times larger and 500,000 steps. Those of shapes, cifar10 and captions were chosen
 # on training images kept apart (--val-from-train); cifar100 and coco take them over.
 CIFARS = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
@@ -299,6 +290,13 @@ PARTS = {  # what --train and --fresh name
     "poolers": ["generative_pooler", "contrastive_pooler"],
     "decoder": ["unimodal", "multimodal"],
 }
+
+
+# ------------------------------------------------------------------------------------------------
+# Plumbing: nothing about CoCa below
+
+# Settings
+
 # On --resume: these change the result by rounding at most
 MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile", "save_every"]
 NOT_KEPT = ["help", "out", "resume", "device", "download"]
@@ -373,33 +371,33 @@ def parse_args(argv=None):
     return s, source
 
 
-# ------------------------------------------------------------------------------------------------
 # A run: what it is made of, and what it leaves behind
 
 
-def load_data(s, rank):
-    """-> training and validation Dataset. The first process decodes pictures, the others then read
-    what it has kept.
+def load_data(s, split):
+    """The data of settings s (a dict) -> Dataset of the split. For other data give main a function
+    like this: it is asked for "train" and "val" and, for the scores, what eval.py's tasks need.
     """
-    if rank > 0:
-        dist.barrier()
-    common = dict(size=s.image_size, seed=s.seed, val_from_train=s.val_from_train)
-    download = s.download and rank == 0
-    data = load(s.data, s.data_dir, "train", subset=s.subset, download=download, **common)
-    val = load(s.data, s.data_dir, "val", **common)
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return data, val
+    names = ["subset", "seed", "download", "val_from_train"]
+    return load(s["data"], s["data_dir"], split, size=s["image_size"], **{n: s[n] for n in names})
 
 
 def main(argv=None, load_data=load_data):
-    """load_data: (settings, rank) -> training and validation Dataset; your own, for other data."""
     s, source = parse_args(argv)
     rank, world = join_processes(s)
+    if rank == 0 and s.out and not s.resume:
+        check_free(s.out)
+    if rank > 0:  # the first process decodes pictures, the others then read what it has kept
+        dist.barrier()
+        s.download = False
+    data = load_data(vars(s), "train")
+    val = load_data(vars(s), "val")
+    if rank == 0 and world > 1:
+        dist.barrier()
+    s.download = False  # once is enough
+    check_data(s, data, val)
     if rank == 0 and not s.resume:
         s.out = new_folder(s.out, s.data)
-    data, val = load_data(s, rank)
-    check_data(s, data)
     if s.resume:
         model, tokenizer, checkpoint = source
     else:
@@ -416,11 +414,12 @@ def main(argv=None, load_data=load_data):
     batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed, own, s.device)
     if rank == 0:
         describe(s, model, batches)
+        print(f"after a stop go on with: {command_to_go_on(s, world)}")
     run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world)
     if rank == 0:
         print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
               f"{rows[-1][SECONDS]:.0f} s of training on {s.device}")
-        evaluate(model, tokenizer, vars(s), notes=False)
+        evaluate(model, tokenizer, {**vars(s), "load_data": load_data}, notes=False)
         print(f"saved: {s.out}/checkpoint.pt, {s.out}/metrics.csv")
         if s.lambda_cap:
             print(f"next:  python eval.py {shlex.quote(s.out)}/checkpoint.pt --image YOUR.jpg")
@@ -428,24 +427,43 @@ def main(argv=None, load_data=load_data):
         dist.destroy_process_group()
 
 
-def new_folder(out, data):
-    """The folder of a new run: out, which must be new or empty, else the first free of runs/DATA,
-    runs/DATA-2, ...
-    """
+def command_to_go_on(s, world):
+    """The command that was typed, with --out and --resume."""
+    typed = [*sys.orig_argv]
+    if world > 1:  # torchrun started python -u ...
+        typed[:2] = ["torchrun", f"--nproc_per_node={world}"]
+    if "--out" not in [word.split("=")[0] for word in typed]:
+        typed += ["--out", s.out]
+    if not s.resume:
+        typed += ["--resume"]
+    return shlex.join(typed)
+
+
+def check_free(out):
+    """UserError if a new run cannot have the folder `out`. It may be there, but empty."""
     try:
-        if out:
-            os.makedirs(out, exist_ok=True)
-            if os.listdir(out):
-                raise FileExistsError(0, "it is not empty")
-            return out
-        for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                out = f"runs/{data}" + f"-{number}" * (number > 1)
-                os.makedirs(out)  # only one of two runs can make it
-                return out
+        if os.path.lexists(out) and os.listdir(out):
+            raise FileExistsError(0, "it is not empty")
     except OSError as e:
         raise UserError(f"{out}: no place for a new run ({e.strerror}); give another --out, or "
                         "--resume the run that is there") from None
+
+
+def new_folder(out, data):
+    """Makes the folder of a new run -> out, else the first free of runs/DATA, runs/DATA-2, ..."""
+    if out:
+        check_free(out)
+    try:
+        if out:
+            os.makedirs(out, exist_ok=True)
+            return out
+        for number in itertools.count(1):
+            out = f"runs/{data}" + f"-{number}" * (number > 1)
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(out)  # only one of two runs can make it
+                return out
+    except OSError as e:
+        raise UserError(f"{out}: cannot be made ({e.strerror}); give another --out") from None
 
 
 def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
@@ -486,8 +504,6 @@ def check_flags(p, given):
 
 def check_settings(p, s, source):
     """What is wrong with the settings as a whole, before the data are read."""
-    if s.download and s.data not in CIFAR:
-        p.error("--download fetches CIFAR only; get other data yourself, and give --data-dir")
     if s.resume:
         for name, saved in source[2]["settings"].items():
             if getattr(s, name) != saved and name not in MAY_CHANGE:
@@ -538,14 +554,20 @@ def join_processes(s):
     return rank, world
 
 
-def check_data(s, data):
-    """UserError if a resumed run learned from others."""
-    found = fingerprint(data)
+def check_data(s, data, val):
+    """UserError if a resumed run learned from other data, or was validated on others."""
+    found = fingerprint(data, val)
     if s.fingerprint not in (None, found):
         raise UserError(f"the data are not those that {s.out} learned from (other images, names or "
                         "captions); put them back, or start anew from it: "
                         f"--init {s.out}/checkpoint.pt")
     s.fingerprint = found
+
+
+def fingerprint(*sets):
+    """What a run remembers of its data: how many images, and a hash of names and captions."""
+    text = json.dumps([[data.names, data.captions] for data in sets])
+    return f"{len(sets[0])} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def prepare(model, s):
@@ -564,10 +586,10 @@ def describe(s, model, batches):
     print(" ".join(f"{name}={value}" for name, value in vars(s).items() if name != "help"))
     decoder = count_parameters(model.unimodal, model.multimodal)
     poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
-    print(f"{len(batches.data):,} images, {s.vocab_size:,} tokens; millions of parameters: encoder "
-          f"{count_parameters(model.encoder):.2f}, poolers {poolers:.2f}, decoder {decoder:.2f}")
-    print(f"after a stop go on with: python train.py --out {shlex.quote(s.out)} --resume")
-    unknown = (batches.tokens == UNKNOWN).sum() / (batches.tokens > END).sum()
+    print(f"{len(batches.data):,} images of {batches.data.source}, {s.vocab_size:,} tokens")
+    print(f"millions of parameters: encoder {count_parameters(model.encoder):.2f}, poolers "
+          f"{poolers:.2f}, decoder {decoder:.2f}")
+    unknown = share_unknown(batches.tokens)
     if unknown > 0.1:
         note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
     if s.resume or s.init:
@@ -580,7 +602,6 @@ def describe(s, model, batches):
               f"{math.log(s.vocab_size) + 0.5:.2f}")
 
 
-# ------------------------------------------------------------------------------------------------
 # Files
 
 METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds",
@@ -609,12 +630,17 @@ def save(s, model, tokenizer, optimizer, val, rows):
                       metrics=metrics)
     content = io.BytesIO()  # in memory first: torch's own error of a full disk is hard to read
     torch.save(checkpoint, content)
-    replace_file(Path(s.out) / "checkpoint.pt", content.getbuffer())
     lines = [",".join(METRICS)]
     for row in rows:
         lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
-    text = "\n".join([*lines, ""])
-    replace_file(Path(s.out) / "metrics.csv", text.encode())
+    try:
+        with replacing(Path(s.out) / "checkpoint.pt") as f:
+            f.write(content.getbuffer())
+        with replacing(Path(s.out) / "metrics.csv") as f:
+            f.write("\n".join([*lines, ""]).encode())
+    except OSError as e:
+        raise UserError(f"{s.out}: cannot be written ({e.strerror}); what was saved before is "
+                        "untouched") from None
     return time.time() - began
 
 
@@ -634,15 +660,6 @@ def validate(s, model, tokenizer, val):
             loss = model.losses(images, tokens)
         total += torch.stack([loss.con, loss.cap]).cpu() / batches
     return total.tolist()
-
-
-def replace_file(path, content):
-    try:
-        with replacing(path) as f:
-            f.write(content)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); the one before is "
-                        "untouched") from None
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def compose(flags, variant=VARIANTS["default"], data_dir=None):
     if variant.data:
         data, val = variant.data(s)
     else:
-        data, val = train.load_data(s, rank=0)
+        data = train.load_data(vars(s), "train")
+        val = train.load_data(vars(s), "val")
     model, tokenizer = train.new_model(s, data)
     if variant.change:
         model = variant.change(model)

@@ -17,9 +17,8 @@ from eval import (
     embed_classes,
     in_batches,
     learn_images,
-    load_labelled,
+    load_classes,
     load_split,
-    need_classes,
     need_embeddings,
     zero_shot_score,
 )
@@ -36,8 +35,7 @@ def likelihood_task(model, tokenizer, s):
     if not model.config.lambda_cap:
         raise UserError("the checkpoint was trained with --lambda-cap 0, its decoder knows no "
                         "likelihood")
-    need_classes(s)
-    data = load_split(model, s, "zeroshot")
+    data = load_classes(model, s)
     prompts = []
     for name in data.classes:
         prompts += [template.format(name) for template in data.templates]
@@ -104,7 +102,8 @@ def robustness_task(model, tokenizer, s):
         raise UserError("robustness is asked of generated scenes; train on --data shapes")
     named = load_split(model, s, "zeroshot")
     classes = embed_classes(model, tokenizer, named.classes, named.templates)
-    data, test = load_labelled(model, s)
+    data = load_split(model, s, "labelled")
+    test = load_split(model, s, "labelled-val")
     found = {}
     for name, change in CHANGES.items():
         shown = redraw(named, s["seed"], "zeroshot", change)

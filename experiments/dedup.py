@@ -1,4 +1,5 @@
-"""Near-copies of evaluation images among the training images (Sec. 4.1).
+"""Near-copies of evaluation images among the training images (Sec. 4.1), of photographs mirrored
+copies, too.
 
     python -m experiments.dedup --data cifar10 --data-dir DIR --show pairs.png   which there are
     python -m experiments.dedup --data cifar10 --data-dir DIR --measure          planted copies:
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from data import NAMES, UserError, load, new_file, note, pillow, run_program, select
+from data import NAMES, UserError, load, note, pillow, run_program, select
+from eval import new_file
 
 # ------------------------------------------------------------------------------------------------
 # Near-copies: alike thumbnails
@@ -73,9 +75,9 @@ def near_duplicates(images, evaluation, threshold=THRESHOLD, mirrored=False):
     return nearest.numpy(), similarity.numpy(), copied.numpy()
 
 
-def without_duplicates(data, evaluation, mirrored=False):
+def without_duplicates(data, evaluation):
     """data without the near-duplicates of the evaluation images; says how many."""
-    nearest, _, copied = near_duplicates(data.images, evaluation.images, mirrored=mirrored)
+    nearest, _, copied = near_duplicates(data.images, evaluation.images, mirrored=data.augment)
     kept = np.flatnonzero(nearest < 0)
     note(f"{len(data) - len(kept):,} of {len(data):,} training images removed, "
          f"near-duplicates of {copied.sum():,} of {len(evaluation):,} evaluation images")
@@ -95,10 +97,10 @@ def contact_sheet(left, right):
     return sheet.resize((3 * sheet.width, 3 * sheet.height))
 
 
-def find(data, evaluation, threshold, mirrored, show=None):
+def find(data, evaluation, threshold, show=None):
     """Prints how many copies there are, and the 10 nearest; show: a file for the 24 nearest."""
     nearest, similarity, copied = near_duplicates(data.images, evaluation.images, threshold,
-                                                  mirrored)
+                                                  mirrored=data.augment)
     print(f"{(nearest >= 0).sum():,} of {len(data):,} training images are near-duplicates "
           f"of {copied.sum():,} of {len(evaluation):,} evaluation images")
     top = similarity.argsort(kind="stable")[::-1][:24]
@@ -160,13 +162,13 @@ def plant_copies(images, rng):
     return copies
 
 
-def measure(data, evaluation, mirrored, most=1000):
+def measure(data, evaluation, most=1000):
     """Plants copies of at most that many evaluation images; prints recall, precision, seconds."""
     planted = plant_copies(evaluation.images[:most], np.random.default_rng(0))
     n = len(planted["mirrored"])
     images = np.concatenate([data.images, *planted.values()])
     began = time.perf_counter()
-    nearest, similarity, _ = near_duplicates(images, evaluation.images, 0.9, mirrored)
+    nearest, similarity, _ = near_duplicates(images, evaluation.images, 0.9, mirrored=data.augment)
     seconds = time.perf_counter() - began
     right = nearest[len(data):].reshape(-1, n) == np.arange(n)          # (kinds, n)
     print("threshold  precision  recall: " + "  ".join(planted))
@@ -190,7 +192,6 @@ def parse_args(argv=None):
     p.add_argument("--data", choices=NAMES, default="shapes")
     p.add_argument("--data-dir")
     p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
-    p.add_argument("--mirrored", action="store_true", help="mirror images count as copies")
     p.add_argument("--threshold", type=float,
                    help=f"least cosine of thumbnails, between 0 and 1 (default: {THRESHOLD})")
     p.add_argument("--show", metavar="FILE.png", type=new_file,
@@ -209,10 +210,13 @@ def parse_args(argv=None):
     return args
 
 
-def load_data(s, rank):
-    """As train.load_data. (Augmented images are shown mirrored, too.)"""
-    data, val = train.load_data(s, rank)
-    return without_duplicates(data, val, mirrored=data.augment), val
+def load_data(s, split):
+    """As train.load_data, but training images that are in the evaluation images, too, are left out.
+    """
+    data = train.load_data(s, split)
+    if split == "train":
+        data = without_duplicates(data, train.load_data(s, "val"))
+    return data
 
 
 def main(argv=None):
@@ -223,9 +227,9 @@ def main(argv=None):
     data = load(args.data, args.data_dir, "train", args.size)
     evaluation = load(args.data, args.data_dir, "val", args.size)
     if args.measure:
-        measure(data, evaluation, args.mirrored)
+        measure(data, evaluation)
     else:
-        find(data, evaluation, args.threshold, args.mirrored, args.show)
+        find(data, evaluation, args.threshold, args.show)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,16 @@ import torch.nn.functional as F
 
 import coca
 from coca import BEGIN, END, PAD, causal_mask
-from data import NAMES, NO_BLANK, UserError, new_file, pad_right, run_program, words
-from eval import add_image_flags, check_image_flags, evaluate, own_images, pick_device, write_new
+from data import NAMES, NO_BLANK, UserError, pad_right, run_program, words
+from eval import (
+    add_image_flags,
+    check_image_flags,
+    evaluate,
+    new_file,
+    own_images,
+    pick_device,
+    write_new,
+)
 
 HELP = "python -m experiments.open_clip --help"
 

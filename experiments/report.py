@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from coca import PAD
-from data import new_file, pillow, run_program
+from data import pillow, run_program
 from eval import (
     add_common_flags,
     add_image_flags,
@@ -32,6 +32,7 @@ from eval import (
     in_batches,
     load_checkpoint,
     load_split,
+    new_file,
     own_images,
     pick_device,
     ranked,

@@ -65,13 +65,13 @@ def halves(s, labels=True, captions=True):
     """Training scenes: the first half have their labels as texts, the second their captions. One
     half may be left out. Validation scenes have captions.
     """
-    data, val = train.load_data(s, rank=0)
+    data = train.load_data(vars(s), "train")
     half = len(data) // 2
     for i in range(half):
         things, _ = scene(s.seed, "train", i)
         data.captions[i] = label_texts(things)
     rows = [*range(half)] * labels + [*range(half, len(data))] * captions
-    return select(data, rows), val
+    return select(data, rows), train.load_data(vars(s), "val")
 
 
 # ------------------------------------------------------------------------------------------------

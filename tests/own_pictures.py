@@ -71,7 +71,7 @@ def parts(root, known=TEXTS):
     """Names of the pictures to learn from and to evaluate on, whose captions must be right."""
     found = []
     for part in ("train", "val"):
-        captions, _ = captions_table(Path(root), part)
+        captions, _, _ = captions_table(Path(root), part)
         for path, texts in captions.items():
             assert os.path.isfile(path) and sorted(known[os.path.basename(path)]) == sorted(texts)
         found.append({os.path.basename(path) for path in captions})

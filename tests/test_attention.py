@@ -106,6 +106,31 @@ def test_queries_ignore_the_order_of_tokens_and_ask_for_different_things(seed, B
     torch.testing.assert_close(pooler(tokens, mask), pooler(tokens[:, :-1]))
 
 
+def check_sinusoids(grid, width, frequency=lambda i, n: 10000 ** -(i / n)):
+    """Row and column, each by sines, then cosines, of its number times width / 4 frequencies."""
+    frequencies = [frequency(i, width // 4) for i in range(width // 4)]
+    expected = torch.zeros(grid, grid, width)
+    for row in range(grid):
+        for column in range(grid):
+            place = [turn(p * f) for p in (row, column) for turn in (math.sin, math.cos)
+                     for f in frequencies]
+            expected[row, column, :len(place)] = torch.tensor(place)
+    found = coca.sinusoids_2d(grid, width).reshape(grid, grid, width)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@given(sides, st.integers(4, 40))
+def test_image_positions_are_sinusoids_of_row_and_column(grid, width):
+    check_sinusoids(grid, width)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda i, n: 10000 * -(i / n), lambda i, n: 10000 ** (i / n), lambda i, n: 100 ** -(i / n)])
+def test_control_other_frequencies_are_caught(wrong):
+    with fails:
+        check_sinusoids(4, 16, wrong)
+
+
 def test_image_positions_start_nearest_to_those_of_neighbours():
     position = CoCa(CoCaConfig()).encoder.position                      # (64, D), a grid of 8 x 8
     nearest = torch.cdist(position[9:10], position).topk(5, largest=False).indices[0]
@@ -192,13 +217,3 @@ def test_every_parameter_is_initialised_and_the_temperature_at_007():
     check_initialised(CONTROL)
     with mock.patch.object(CoCa, "init_parameters"), fails:  # control
         check_initialised(CONTROL)
-
-
-def test_the_tour_prints_an_x_where_text_mask_allows(capsys):
-    coca.tour()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    words = ["<begin>", "a", "red", "ring", "<end>", "<pad>", "[CLS]"]
-    start = lines.index(words) + 1
-    mask = coca.text_mask(torch.tensor([[coca.BEGIN, 4, 5, 7, coca.END, coca.PAD]]))[0, 0]
-    for word, row, printed in zip(words, mask, lines[start:], strict=False):
-        assert printed == [word, *(".x"[may] for may in row)]

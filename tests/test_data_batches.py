@@ -77,8 +77,8 @@ def test_a_label_becomes_the_eight_prompts_of_zero_shot_and_photographs_are_augm
 
 
 @pytest.mark.parametrize("text", [
-    "the dog's ball, and a cat.", "wait! what? 50%; yes: no", "the man’s t-shirt",
-    "a 3.5 l jug for 1,000 men, or 2.", "un café crème", "개가 달린다."])
+    "the dog's ball, and a cat.", "wait! what? 50%; yes: no", "the man's t-shirt",
+    "a 3.5 l jug for 1,000 men, or 2.", "un café crème", "एक हिन्दी कैप्शन", "女の子が走る。", "개가 달린다."])
 def test_text_comes_back_readable(text):
     for spelled in (text.upper(), unicodedata.normalize("NFD", text)):
         tokenizer = Tokenizer.learn([spelled], 100)
@@ -87,8 +87,9 @@ def test_text_comes_back_readable(text):
 
 @pytest.mark.parametrize("text, count", [
     ("a t-shirt (a) 'quoted' word", 8), ("a man's [red] dog", 7), ("'tis 'a' dog", 4),
-    ("개가 달린다", 2)])
-def test_words_come_out_as_they_went_in(text, count):
+    # Han and kana: each sign; hangul has blanks; Thai's words are not told apart
+    ("一只狗，很大！", 7), ("「犬」が走る", 6), ("개가 달린다", 2), ("หมาวิ่ง", 1)])
+def test_words_come_out_as_they_went_in_and_chinese_and_japanese_signs_are_words(text, count):
     tokenizer = Tokenizer.learn([text], 100)
     tokens = tokenizer.encode([text], 99)[0]
     assert tokenizer.decode(tokens) == text and len(tokens) == count + 2
@@ -215,7 +216,7 @@ def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_lef
 def test_long_captions_are_cut_with_a_note_and_a_batch_larger_than_the_data_is_refused(capsys):
     tokens = make_batches(text_len=4)(0)[1]
     assert tokens.shape[1] <= 4 and (tokens == END).any(1).all()
-    assert "24 captions cut to 2 words" in capsys.readouterr().err  # of "again picture 1"
+    assert "24 of 48 texts cut to 2 words (text_len is 4)" in capsys.readouterr().err  # of "again picture 1"
     make_batches(text_len=5)
     assert capsys.readouterr().err == ""
     refused("--batch-size 25 .* 24", make_batches, batch_size=25)

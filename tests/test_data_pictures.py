@@ -13,7 +13,7 @@ from own_pictures import check_captions, exit_code, paint, start, write_captions
 from PIL import Image
 
 import data
-from data import load, read_image
+from data import UserError, load, read_image
 
 # Decoding
 
@@ -76,10 +76,9 @@ def test_postscript_is_refused_and_starts_no_other_program(tmp_path, monkeypatch
 
 
 def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path):
-    for name, said in (("x.heic", "HEIC is not read; convert it, .*magick"), ("x.HEIF", "HEIC"),
-                       ("x.jpg", "not a readable image")):
+    for name in ("x.heic", "x.jpg"):
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
-        refused(f"{name}: {said}", read_image, tmp_path / name, 8)
+        refused(f"{name}: not a readable image of JPEG, PNG", read_image, tmp_path / name, 8)
     for mode in ("I;16", "F"):
         Image.new(mode, (8, 8)).save(tmp_path / "deep.tif")
         refused("deep.tif: .*more than 8 bits a channel", read_image, tmp_path / "deep.tif", 8)
@@ -180,18 +179,36 @@ def test_a_full_disk_or_no_pillow_is_one_line_and_leaves_nothing_wrong(tmp_path,
 # Missing and unreadable pictures
 
 
-@pytest.mark.parametrize("content, said", [
-    (None, "no such file; put it back"), (b"\x89PNG" + bytes(50), "not a readable image")])
-def test_a_picture_that_cannot_be_read_is_named_and_nothing_is_kept(tmp_path, content, said):
-    write_captions(tmp_path, 20)
-    name = load("captions", tmp_path, size=4).names[3]
+def test_pictures_that_cannot_be_read_are_all_found_before_ten_are_named_and_nothing_is_kept(
+        tmp_path):
+    write_captions(tmp_path, 30)
+    found = load("captions", tmp_path, size=4)
     shutil.rmtree(tmp_path / "cache")
-    (tmp_path / "Images" / name).unlink()
-    if content:
-        (tmp_path / "Images" / name).write_bytes(content)
+    bad = found.names[1::2]
+    for i, name in enumerate(bad):
+        (tmp_path / "Images" / name).unlink()
+        if i % 2:
+            (tmp_path / "Images" / name).write_bytes(b"\x89PNG" + bytes(50))
+    first = f"/{bad[0]}: no such file; .*/{bad[1]}: not a readable image .*; .*/{bad[9]}: not a"
     for _ in range(2):
-        refused(f"/{name}: {said}", load, "captions", tmp_path, size=4)
+        refused(f"13 of 27 pictures cannot be read: .*{first}.*captions.txt names them; looked in .* "
+                "and .*/Images. .*python -m experiments.tables ", load, "captions", tmp_path, size=4)
         assert not [*tmp_path.glob("cache/*")]
+    with pytest.raises(UserError) as error:
+        load("captions", tmp_path, size=4)
+    assert bad[10] not in str(error.value)
+
+
+def test_the_cache_is_in_the_home_folder_if_there_is_one(tmp_path, monkeypatch):
+    write_captions(tmp_path, 10)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for place, wanted in (("~/pixels", "home/pixels"), ("", "home/.cache/coca")):
+        monkeypatch.setenv("COCA_CACHE", place)
+        load("captions", tmp_path, size=8)
+        assert len([*(tmp_path / wanted).iterdir()]) == 1
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where nobody has a home
+    refused("~/.cache/coca: cannot keep the decoded .*set COCA_CACHE", load, "captions", tmp_path,
+            size=8)
 
 
 @pytest.mark.parametrize("rank, said", [("0", "note: words\n"), ("1", "")])

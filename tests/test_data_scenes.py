@@ -4,6 +4,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 from helpers import fails
+from toys import drawn_by
 
 import data
 from data import COLOURS, CORNERS, PAIRS, RADII, SEEN, SHAPES, SPLITS, UNSEEN, load
@@ -87,6 +88,23 @@ def test_held_out_pairs_are_in_no_training_scene():
     assert pairs["train"] == pairs["val"] == set(SEEN)
     assert pairs["zeroshot"] == set(UNSEEN)  # control: the search finds them where they are
     assert pairs["labelled"] == pairs["labelled-val"] == set(PAIRS)
+
+
+def check_no_scene_is_there_twice(subset=0):
+    """No two things of all splits are at the same place, to the last digit."""
+    places = []
+    for split in SPLITS:
+        for things in drawn_by(data, data.shapes, split, 8, 0, subset)[0]:
+            places += [(thing.x, thing.y) for thing in things]
+    assert len(set(places)) == len(places)
+
+
+def test_no_two_splits_share_a_scene(monkeypatch):
+    check_no_scene_is_there_twice()
+    rng = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda s: rng([s[0], s[2]]))
+    with fails:  # control: the split left out of the seed
+        check_no_scene_is_there_twice(500)
 
 
 @pytest.mark.parametrize("split", ["zeroshot", "labelled", "labelled-val"])

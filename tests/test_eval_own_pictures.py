@@ -69,7 +69,7 @@ def test_words_that_are_not_known_or_do_not_fit_are_noted(capsys):
     noted = capsys.readouterr().err
     assert noted == "note: words that the checkpoint does not know: !, lion, zebra\n"
     check_texts(["red " * 8], CONTROL.model(), TOKENIZER)
-    assert capsys.readouterr().err.endswith("only its first 7 words count\n")
+    assert capsys.readouterr().err.endswith("1 of 1 texts cut to 7 words (text_len is 9)\n")
     check_texts([*LABELS, "red " * 7], CONTROL.model(), TOKENIZER)  # control
     assert capsys.readouterr().err == ""
 

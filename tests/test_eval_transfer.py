@@ -166,7 +166,7 @@ def test_frozen_and_finetuned_learn_labelled_images_and_are_scored_on_others(mon
     model, tokenizer, settings = toy_checkpoint()
     images = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), np.uint8)
     parts = {"labelled": Dataset(images[:3], [], np.array([0, 1, 1]), ["a", "b"]),
-             "labelled-val": Dataset(images[3:], [], np.array([0, 0, 1, 0]))}
+             "labelled-val": Dataset(images[3:], [], np.array([0, 0, 1, 0]), ["a", "b"])}
     monkeypatch.setattr(evaluation, "load_split", lambda model, s, split: parts[split])
     lessons = record_lessons(monkeypatch, evaluation)
     scores = TASKS["frozen"](model, tokenizer, settings)

@@ -53,46 +53,43 @@ def test_generation_stops_at_end_of_text():
     assert model.generate(CONTROL.images()).tolist() == [[BEGIN, END]] * 3
 
 
-def check_sampling(seed, k, top_p, temperature, allowed_k, allowed_p):
-    """No token is drawn that has k likelier ones, or likelier ones with a share of top_p."""
+def check_sampling(seed, k, temperature, allowed):
+    """No token is drawn that has `allowed` likelier ones."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, VOCAB, generator=generator)
-    p = (logits / temperature).softmax(-1)
     for _ in range(5):
-        for row, token in zip(p, sample(logits, temperature, k, top_p, generator)):
-            likelier = row[row > row[token]]
-            assert len(likelier) < allowed_k and likelier.sum() < allowed_p + 1e-6
+        for row, token in zip(logits, sample(logits, temperature, k, generator=generator)):
+            assert (row > row[token]).sum() < allowed
 
 
-@given(st.integers(0, 999), st.integers(1, VOCAB), st.floats(0.05, 1.0), st.floats(0.1, 3.0))
-def test_sampling_keeps_to_top_k_and_top_p(seed, k, top_p, temperature):
-    check_sampling(seed, k, top_p, temperature, k, top_p)
+@given(st.integers(0, 999), st.integers(1, VOCAB), st.floats(0.1, 3.0))
+def test_sampling_keeps_to_top_k(seed, k, temperature):
+    check_sampling(seed, k, temperature, k)
 
 
-def test_control_logits_shifted_by_one_and_tokens_outside_top_k_or_top_p_are_caught():
+def test_control_logits_shifted_by_one_and_tokens_outside_top_k_are_caught():
     with fails:
         check_greedy(CONTROL, shift=-1)
-    for allowed_k, allowed_p in ((2, 1.0), (VOCAB, 0.3)):
+    for k in (0, 3):
         with fails:
-            check_sampling(0, 0, 1.0, 1.0, allowed_k, allowed_p)
+            check_sampling(0, k, 1.0, 2)
 
 
 def test_sampling_follows_the_distribution_of_what_it_keeps_and_repeats_with_its_generator():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(6000, 3)
     p = (logits[0] / 0.5).softmax(-1)                                   # 0.02, 0.12, 0.87
-    for settings, kept in ((dict(), 3), (dict(top_k=2), 2), (dict(top_p=0.9), 2)):
+    for settings, kept in ((dict(), 3), (dict(top_k=2), 2)):
         drawn = sample(logits, 0.5, generator=torch.Generator().manual_seed(0), **settings)
         again = sample(logits, 0.5, generator=torch.Generator().manual_seed(0), **settings)
         assert torch.equal(drawn, again)
         share = torch.bincount(drawn, minlength=3)[-kept:] / 6000
         torch.testing.assert_close(share, p[-kept:] / p[-kept:].sum(), atol=0.02, rtol=0)
-    for temperature, top_k, top_p in ((0.0, 0, 1.0), (1e-4, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.01)):
-        assert (sample(logits, temperature, top_k, top_p) == 2).all()
+    for temperature, top_k in ((0.0, 0), (1e-4, 0), (1.0, 1)):
+        assert (sample(logits, temperature, top_k) == 2).all()
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0.0),
-    dict(top_p=1.5), dict(top_p=math.nan), dict(max_len=0)])
+    dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=-1), dict(max_len=0)])
 def test_senseless_settings_are_refused(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=f"{name}.*, not .*{value}"):

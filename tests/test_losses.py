@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coca
-from coca import PAD, CoCa, captioning_loss, contrastive_loss
+from coca import PAD, UNKNOWN, CoCa, caption_ids, captioning_loss, contrastive_loss
 
 seeds = st.integers(0, 10_000)
 captions = st.lists(st.integers(0, 5), min_size=1, max_size=7)
@@ -84,6 +84,29 @@ def test_contrastive_loss_is_finite_at_every_temperature(s):
     assert loss.isfinite() and x.grad.isfinite().all()
 
 
+def check_ids(ids_of, seed, L):
+    """A caption and those that differ from it in one word, at every place; each of them twice."""
+    torch.manual_seed(seed)
+    tokens = torch.randint(UNKNOWN + 1, VOCAB, (L,)).repeat(L + 1, 1)
+    tokens[:L].fill_diagonal_(UNKNOWN)
+    tokens = tokens.repeat(2, 1)[torch.randperm(2 * L + 2)]
+    ids = ids_of(tokens)
+    assert torch.equal(ids[:, None] == ids, (tokens[:, None] == tokens).all(-1))
+
+
+@given(seeds, st.integers(1, 20))
+def test_captions_have_equal_ids_if_no_word_differs_wherever_it_stands(seed, L):
+    check_ids(caption_ids, seed, L)
+
+
+def test_control_ids_of_the_first_words_of_the_last_or_of_any_order_are_caught():
+    for wrong in (lambda tokens: caption_ids(tokens[:, :8]), lambda tokens: tokens[:, -1],
+                  lambda tokens: caption_ids(tokens.sort(1)[0]), lambda tokens: tokens[:, 0] * 0,
+                  lambda tokens: torch.arange(len(tokens))):
+        with fails:
+            check_ids(wrong, 0, 20)
+
+
 # Eq. (3)
 
 
@@ -124,6 +147,29 @@ def test_control_wrong_captioning_losses_are_caught():
     ):
         with fails:
             check_captioning(wrong, logits, tokens)
+
+
+def check_mean(loss, T):
+    """Of T targets each counts 1 / T, be it one alone or many."""
+    torch.manual_seed(T)
+    logits = torch.randn(T, VOCAB)
+    targets = torch.randint(VOCAB, (T,))
+    alone = [-row.softmax(-1)[target].log() for row, target in zip(logits, targets)]
+    torch.testing.assert_close(loss(logits, targets), sum(alone) / T)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_every_target_counts_the_same_even_a_single_one(T):
+    check_mean(captioning_loss, T)
+
+
+def test_control_a_single_target_halved_is_caught():
+    def halved(logits, targets):
+        return F.cross_entropy(logits, targets, reduction="sum") / max(2, len(targets))
+
+    check_mean(halved, 2)
+    with fails:
+        check_mean(halved, 1)
 
 
 def test_captioning_loss_of_no_target_is_0_and_not_nan():

@@ -1,4 +1,5 @@
 """Runs: a stop changes no result, what is saved is whole and finite, one folder holds one run."""
+import functools
 import math
 import os
 import random
@@ -6,20 +7,24 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import quick
 import torch
 from helpers import fails
 from quick import check_same, check_whole, end_of, run
 
+import eval as evaluation
 import train
 from coca import CoCa
-from data import UserError
+from data import Dataset, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -97,13 +102,61 @@ def test_a_run_killed_at_random_moments_loses_nothing(tmp_path):
 def test_ctrl_c_goes_back_to_the_last_save_and_the_first_lines_say_how_to_go_on(
         tmp_path, monkeypatch, capsys):
     out = tmp_path / "a run"
+    typed = f"--subset 32 --batch-size 8 --steps 4 --out {shlex.quote(str(out))}"
     with monkeypatch.context() as patch:
         quick.stop_at(patch, 3)
+        patch.setattr(sys, "orig_argv", ["python", "train.py", *shlex.split(typed)])
         end_of(shlex.quote(str(out)), "--steps 4")
     check_whole(out, 2)
-    go_on = re.search("after a stop go on with: python train.py (.+)", capsys.readouterr().out)
-    train.main(shlex.split(go_on[1]))
+    said = re.search("after a stop go on with: python train.py (.+)", capsys.readouterr().out)[1]
+    assert said == f"{typed} --resume"
+    train.main(shlex.split(said))
     check_whole(out, 4)
+
+
+@pytest.mark.parametrize("typed, world, wanted", [
+    ("python train.py", 1, "python train.py --out 'runs/a b' --resume"),
+    ("python train.py --out=x", 1, "python train.py --out=x --resume"),
+    ("python -m experiments.dedup train --data coco", 1,
+     "python -m experiments.dedup train --data coco --out 'runs/a b' --resume"),
+    ("/bin/python -u train.py --seed 1", 2,
+     "torchrun --nproc_per_node=2 train.py --seed 1 --out 'runs/a b' --resume"),
+    ("python train.py --resume --out x", 1, "python train.py --resume --out x")])
+def test_the_command_to_go_on_is_the_one_that_was_typed(typed, world, wanted, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", typed.split())
+    s = SimpleNamespace(out="runs/a b", resume="--resume" in typed)
+    assert train.command_to_go_on(s, world) == wanted
+
+
+def of_ones_own(s, split):
+    """A data set of one's own, for train.main: 20 blue or 12 red pictures with classes."""
+    blue = split == "train"
+    images = np.zeros((20 if blue else 12, 3, 32, 32), np.uint8)
+    images[:, 2 if blue else 0] = 250
+    text = "blue" if blue else "red"
+    return Dataset(images, [[text]] * len(images), np.zeros(len(images), int), ["blue", "red"],
+                   ["{}"], source="my pictures")
+
+
+def test_data_of_ones_own_are_learned_scored_at_the_end_and_needed_to_go_on(tmp_path, monkeypatch,
+                                                                            capsys):
+    def task(model, tokenizer, s):
+        loaded.extend(evaluation.load_split(model, s, split) for split in ("val", "zeroshot"))
+        return {}
+
+    loaded = []
+    evaluate = functools.partial(evaluation.evaluate, tasks={"zero-shot": task})
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    flags = f"--steps 2 --batch-size 8 --device cpu --out {tmp_path}".split()
+    train.main(flags, of_ones_own)
+    assert "20 images of my pictures" in capsys.readouterr().out
+    assert [data.images[0, 0, 0, 0] for data in loaded] == [250, 250]  # red: no generated scenes
+    assert quick.checkpoint_of(tmp_path)["vocabulary"][4:] == ["blue"]
+    train.main([*flags, "--resume"], of_ones_own)
+    with pytest.raises(UserError, match="the data are not those"):
+        train.main([*flags, "--resume"])
+    with pytest.raises(UserError, match="the data are not those"):  # only evaluated on others
+        train.main([*flags, "--resume"], lambda s, split: of_ones_own(s, "train"))
 
 
 def test_a_run_goes_on_with_the_same_data_only_wherever_they_are(tmp_path, monkeypatch):
@@ -188,7 +241,7 @@ def test_a_full_disk_or_a_stop_leaves_whole_files_to_go_on_from(error, function,
     with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)) as end:
         patch.setattr(os, function, full)
         run(cut, "--resume")
-    assert re.fullmatch("|.* cannot be written .full.; the one before is untouched", str(end.value))
+    assert re.fullmatch("|.* cannot be written .full.; what was saved before is untouched", str(end.value))
     assert len(quick.rows_of(cut)) == 3 and len([*cut.iterdir()]) == 2
     assert quick.checkpoint_of(cut)["step"] == (3 if failing == 3 else 5)
     run(cut, "--resume")

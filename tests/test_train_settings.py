@@ -25,7 +25,7 @@ import data as data_file
 import eval as evaluation
 import train
 from coca import CoCa, CoCaConfig
-from data import NAMES, Batches, Dataset, Tokenizer, load, to_model
+from data import Batches, Dataset, Tokenizer, load, to_model
 from train import PARTS, PRESETS, large_batch_backward, part_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,8 +144,7 @@ def test_help_has_the_defaults_that_apply_and_reads_no_file(command, rate, monke
     "--step 3", "--data mnist", "--subset -5", "--seed -1", "--seed 4294967296", "--n-uni 0",
     "--n-multi 0", "--save-every 0", "--encoder-layers -1", "--n-query -1", "--image-size 30",
     "--lambda-con 0 --lambda-cap 0", "--lambda-cap -1", "--train nothing", "--pooler both",
-    "--resume", "--fresh encoder", "--config tiny --init first/checkpoint.pt",
-    "--data coco --data-dir . --download"])
+    "--resume", "--fresh encoder", "--config tiny --init first/checkpoint.pt"])
 def test_wrong_flags_are_refused_before_anything_loads(wrong, monkeypatch, capsys):
     for name in ("load", "load_checkpoint"):
         monkeypatch.setattr(train, name, lambda *args, **how: pytest.fail("loaded"))
@@ -161,7 +160,7 @@ REFUSED = [
     ("--out new --device meta", "cannot be used here"),
     ("--out new --accum 9", "cannot be cut into 1 equal shares of --accum 9 parts"),
     ("--out new --batch-size 33", "more than the 32"),
-    ("--out new --data captions --data-dir .", "no captions.csv there"),
+    ("--out new --data captions --data-dir .", "no coca.csv, .* there; python -m experiments.tables"),
     ("--out new --data coco --data-dir nowhere", "no such folder"),
     ("--out new --init nowhere.pt", "no such checkpoint"),
     (f"--out new {FIRST} --n-query 5", "generative_pooler.query does not fit.*--fresh poolers"),
@@ -244,7 +243,7 @@ def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeyp
 
 
 def data_of(command):
-    return train.load_data(settings(command), 0)
+    return [train.load_data(vars(settings(command)), split) for split in ("train", "val")]
 
 
 def test_the_seed_is_that_of_scenes_weights_and_the_order_of_batches(go, tmp_path):
@@ -260,13 +259,21 @@ def test_the_seed_is_that_of_scenes_weights_and_the_order_of_batches(go, tmp_pat
         assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_a_subset_and_what_is_kept_apart_are_different_images_and_those_are_evaluated(tmp_path):
+def test_a_subset_and_what_is_kept_apart_are_different_images_and_those_are_evaluated(tmp_path,
+                                                                                     monkeypatch):
+    def evaluate(model, tokenizer, s, **how):
+        evaluated.append(evaluation.load_split(model, s, "val").names)
+
     command = f"{quick.own_images(tmp_path / 'own')} --val-from-train 5 --subset 9"
     data, val = data_of(command)
     assert len({*data.names}) == 9 and len({*val.names} - {*data.names}) == 5
-    evaluated = evaluation.load_split(CoCa(SMALL), vars(settings(command)), "val")
-    assert evaluated.names == val.names
-    assert len({*data_of(f"{command} --subset 0")[0].names}) > 9  # control
+    evaluated = [evaluation.load_split(CoCa(SMALL), vars(settings(command)), "val").names]
+    quick.make_small(monkeypatch)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run(tmp_path / "out", f"{command} --steps 1")  # its final evaluation
+    assert evaluated == [val.names] * 2
+    assert len({*data_of(f"{command} --subset 0")[0].names}) > 9  # controls
+    assert data_of(command.replace("--val-from-train 5", ""))[1].names != val.names
 
 
 def moved(before, after):
@@ -401,14 +408,14 @@ def test_a_new_encoder_starts_from_the_data_whitened_if_they_are_photographs(mon
         torch.testing.assert_close(images, to_model(torch.tensor(data.images[:256])))
         found.append((layer, whitening))
 
-    data = load("shapes", subset=257)
+    scenes = load("shapes", subset=257)
     source = CoCa(replace(SMALL, patch_size=8, vocab_size=5)), Tokenizer("abcde"), None
     monkeypatch.setattr(train, "whiten_patches", whiten)
-    for name in NAMES:
-        s = settings(f"--data {name} --image-size 32")
+    s = settings("--image-size 32")
+    for data in (scenes, replace(scenes, augment=True)):  # that only photographs are
         found = []
         model, _ = train.new_model(s, data)
-        assert found == [(model.encoder.patches, 0 if name == "shapes" else 0.5)]
+        assert found == [(model.encoder.patches, 0.5 if data.augment else 0)]
     s.fresh = ["encoder"]
     train.new_model(s, data, source)
     assert len(found) == 2
@@ -561,18 +568,21 @@ def test_validation_losses_are_a_mean_over_whole_batches_of_at_most_500_images()
     (0, ["load", "load", "barrier"]), (1, ["barrier", "load", "load"])])
 def test_the_first_process_reads_the_data_before_the_others_and_alone_fetches_them(rank, order,
                                                                                   monkeypatch):
-    def load_few(*args, download=False, **how):
+    def load_data(s, split):
         done.append("load")
-        fetched.append(download)
+        fetched.append(s["download"])
         return load("shapes", subset=8)
 
     done = []
     fetched = []
-    monkeypatch.setattr(train, "load", load_few)
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    s = settings("--data cifar10 --data-dir . --download")
+    monkeypatch.setattr(train, "parse_args", lambda argv: (s, None))
+    monkeypatch.setattr(train, "join_processes", lambda s: (rank, 2))
     monkeypatch.setattr(train.dist, "barrier", lambda: done.append("barrier"))
-    train.load_data(settings("--data cifar10 --download"), rank)
-    assert done == order and fetched == [rank == 0, False]
+    monkeypatch.setattr(train, "check_data", mock.Mock(side_effect=ZeroDivisionError))  # far enough
+    with pytest.raises(ZeroDivisionError):
+        train.main([], load_data)
+    assert done == order and fetched == [rank == 0] * 2 and not s.download
 
 
 def test_two_processes_train_as_one_does(tmp_path):
@@ -655,7 +665,7 @@ def test_losses_to_expect_are_those_of_a_new_model_that_are_trained(command, con
                                                                    capsys):
     run(tmp_path / "new", f"--steps 1 {command}")
     said = capsys.readouterr().out
-    size = int(re.search(r"32 images, (\d+) tokens", said)[1])
+    size = int(re.search(r"32 images of generated scenes, (\d+) tokens", said)[1])
     assert ("contrastive loss of about 2 ln 8 = 4.16" in said) == con
     assert (f"captioning loss of about ln {size} + 1/2 = {math.log(size) + 0.5:.2f}" in said) == cap
     assert said.count("at step 0 expect") == con + cap

@@ -101,7 +101,7 @@ def test_training_leaves_duplicates_out_and_goes_on_without_them_only(tmp_path, 
     monkeypatch.setattr(train, "load", planted)
     train_flags = ["--steps", "1", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
     dedup.main(["train", *train_flags])
-    with mock.patch.object(train, "check_data", lambda s, data: sizes.append(len(data))):
+    with mock.patch.object(train, "check_data", lambda s, data, val: sizes.append(len(data))):
         sizes = []
         dedup.main(["train", "--resume", "--out", str(tmp_path)])
         train.main(["--resume", "--out", str(tmp_path)])  # control
@@ -117,8 +117,8 @@ def test_training_counts_mirror_images_where_it_shows_them(augment, monkeypatch)
 
     monkeypatch.setattr(train, "load", mirrored)
     s, _ = train.parse_args([])
-    data, _ = dedup.load_data(s, 0)
-    assert (len(data) < 5) == augment
+    assert (len(dedup.load_data(vars(s), "train")) < 5) == augment
+    assert len(dedup.load_data(vars(s), "val")) == 4
 
 
 # The command
@@ -129,10 +129,13 @@ def command(tmp_path, monkeypatch):
     """python -m experiments.dedup on 20 images of their own and that many copies, in its folder."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*flags, copies=7):
+    def call(*flags, copies=7, augment=False):
         evaluation = Dataset(pictures(0, 10), [["a copy"]] * 10)
         images = np.concatenate([pictures(1, 20), evaluation.images[:copies]])
-        parts = {"train": Dataset(images, [["original"]] * len(images)), "val": evaluation}
+        if augment:
+            images = np.concatenate([images, evaluation.images[7:, :, :, ::-1]])
+        captions = [["original"]] * len(images)
+        parts = {"train": Dataset(images, captions, augment=augment), "val": evaluation}
         monkeypatch.setattr(dedup, "load", lambda name, where, split, size: parts[split])
         dedup.main(list(flags))
     return call
@@ -147,6 +150,11 @@ def test_the_command_shows_the_pairs(command, tmp_path, capsys):
         pixels = np.asarray(sheet)[1::3, 1::3]  # it is three times as large
     assert pixels.shape == (7 * 32, 2 * 32, 3)
     assert np.array_equal(pixels[:, :32], pixels[:, 32:])
+
+
+def test_of_photographs_mirrored_copies_are_found_as_training_leaves_them_out(command, capsys):
+    command(augment=True)
+    assert "10 of 30 training images are near-duplicates of 10 of" in capsys.readouterr().out
 
 
 def test_without_a_pair_nothing_is_shown_and_this_is_said(command, tmp_path, capsys):
@@ -175,17 +183,29 @@ def test_flags_that_make_no_sense_are_refused(command, flags, message, capsys):
 
 
 def test_measuring_prints_recall_of_each_kind_and_precision(command, capsys):
-    command("--measure", "--mirrored")
+    command("--measure", augment=True)
     head, *lines, _, _ = capsys.readouterr().out.splitlines()
     assert head.split()[3:] == ["re-encoded", "resized", "cropped", "brightness", "mirrored"]
     rows = np.array([line.replace("%", "").split() for line in lines], float)
     assert rows[4, 0] == 0.955 and (np.diff(rows[:, 0]) > 0).all()
     assert (np.diff(rows[:, 2:], axis=0) <= 0).all()  # recall falls as the threshold rises
     assert rows[4, [2, 3, 6]].tolist() == [100, 100, 100]
-    planted = rows[4, 2:].sum() / 100 * 10  # and 7 training images are copies that were not planted
-    assert rows[4, 1] == pytest.approx(100 * planted / (planted + 7), abs=0.1)
+    planted = rows[4, 2:].sum() / 100 * 10  # and 10 training images are copies that were not planted
+    assert rows[4, 1] == pytest.approx(100 * planted / (planted + 10), abs=0.1)
     command("--measure")  # control: without mirror images
     assert float(capsys.readouterr().out.splitlines()[5].split()[-1].rstrip("%")) < 50
+
+
+def test_measuring_counts_only_finds_of_the_image_that_was_copied(command, capsys, monkeypatch):
+    def plant(images, rng):
+        copies = plant_copies(images, rng)
+        copies["resized"] = copies["resized"][::-1]  # each is found, as a copy of another image
+        return copies
+
+    monkeypatch.setattr(dedup, "plant_copies", plant)
+    command("--measure", copies=0)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-2]]
+    assert rows[4][2:4] == ["100.0%", "0.0%"] and float(rows[4][1].rstrip("%")) < 80
 
 
 def test_duplicates_among_read_only_pictures_are_found_without_a_warning(tmp_path):

@@ -30,7 +30,7 @@ def settings(*flags):
 
 def test_half_the_scenes_have_their_labels_as_texts():
     s = settings("--seed", "4")
-    plain, val = train.load_data(s, rank=0)
+    plain, val = [train.load_data(vars(s), split) for split in ("train", "val")]
     both, both_val = halves(s)
     assert (both.images == plain.images).all() and both_val.captions == val.captions
     assert both.captions[8:] == plain.captions[8:]
