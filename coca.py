@@ -518,17 +518,20 @@ class CoCa(nn.Module):
         return self.multimodal(states, image_context)
 
     @torch.no_grad()
-    def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, generator=None):
+    def generate(self, images, max_len=math.inf, temperature=0.0, top_k=0, generator=None,
+                 image_context=None):
         """Captions of images (B, 3, S, S) -> tokens (B, <= max_len), BEGIN first, PAD after END.
 
         temperature (not sigma) 0 is greedy; else sample from softmax(logits / temperature), among
-        the top_k likeliest tokens only (0 = all).
+        the top_k likeliest tokens only (0 = all). image_context (B, Q, D): what pool_image gave, if
+        it has run.
         """
         max_len = min(max_len, self.config.text_len)
         if not (max_len >= 1 and temperature >= 0 and top_k >= 0):
             raise ValueError("max_len must be at least 1, temperature and top_k at least 0, not "
                              f"{max_len}, {temperature}, {top_k}")
-        image_context, _ = self.pool_image(images)                      # (B, Q, D)
+        if image_context is None:
+            image_context, _ = self.pool_image(images)                  # (B, Q, D)
         tokens = torch.full((len(images), max_len), PAD, device=images.device)
         tokens[:, 0] = BEGIN
         done = torch.zeros(len(images), dtype=torch.bool, device=images.device)

@@ -9,21 +9,17 @@ Whatever is wrong with a file is a UserError of one line: what, where, and what 
 """
 import contextlib
 import csv
-import dataclasses
 import hashlib
 import json
-import math
-import operator
 import os
 import pickle
 import re
 import shlex
 import sys
-import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +46,7 @@ class Dataset:
     templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
     names: list = field(default_factory=list)  # N file names, where images are files
     augment: bool = False  # crop and flip in training
-    source: str = "generated scenes"  # the file or folder that they are from
+    source: str = "data of your own"  # what they are, such as the file that names them
 
     def __len__(self):
         return len(self.images)
@@ -58,8 +54,8 @@ class Dataset:
 
 def select(data, rows):
     """Dataset of these images only."""
-    chosen = dataclasses.replace(data, images=data.images[rows],
-                                 captions=[data.captions[i] for i in rows])
+    captions = [data.captions[i] for i in rows]
+    chosen = replace(data, images=data.images[rows], captions=captions)
     if data.labels is not None:
         chosen.labels = data.labels[rows]
     if data.names:
@@ -70,8 +66,7 @@ def select(data, rows):
 NAMES = ["shapes", "cifar10", "cifar100", "coco", "captions"]
 
 
-def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download=False,
-         val_from_train=0):
+def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, val_from_train=0):
     """-> Dataset of images of size x size pixels.
 
     split: "train" or "val"; where there are classes also "zeroshot" (CIFAR: the images of "val")
@@ -82,12 +77,15 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     """
     if name == "shapes" and not (val_from_train and split in ("train", "val")):
         return shapes(split, size, seed, subset)
+    if name not in NAMES:
+        raise UserError(f"{name}: not one of {', '.join(NAMES)}; data of your own are scored where "
+                        "they are loaded")
     if name in ("coco", "captions") and split not in ("train", "val"):
-        raise UserError(f"{name} has no classes; add --data cifar10 --data-dir DIR")
-    if download and name not in CIFAR:
-        raise UserError("--download fetches CIFAR only; get other data yourself, give --data-dir")
-    if name != "shapes" and not (data_dir and (download or os.path.exists(data_dir))):
-        raise UserError(f"--data-dir {data_dir}: no such folder; {name} needs the one of its files")
+        raise DoesNotApply(f"{name} has no classes; CIFAR has: --data cifar10 --data-dir DIR")
+    if name != "shapes" and not data_dir:
+        raise UserError(f"{name} needs --data-dir, the folder of its files")
+    if name != "shapes" and not os.path.exists(data_dir):
+        raise UserError(f"--data-dir {data_dir}: no such folder; give the one of {name}'s files")
     files = "train" if val_from_train or split in ("train", "labelled") else "val"
     if name in ("coco", "captions"):
         read = coco if name == "coco" else captions_table
@@ -99,7 +97,7 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, download
     if name == "shapes":
         data = shapes(files, size, seed)
     else:
-        data = cifar(name, Path(data_dir), files, size, download)
+        data = cifar(name, Path(data_dir), files, size)
     return select(data, pick(len(data), split, subset, val_from_train))
 
 
@@ -107,8 +105,8 @@ def pick(count, split, subset, val_from_train):
     """Which of `count` images a split has, the same every time, in order."""
     rows = np.arange(count)
     if val_from_train >= count:
-        raise UserError(f"--val-from-train {val_from_train}, but there are {count} images; "
-                        "ask for fewer")
+        raise UserError(f"{val_from_train} training images cannot be kept apart, there are only "
+                        f"{count}")
     if val_from_train:
         order = np.random.default_rng(1).permutation(count)
         rows = np.sort(order[:val_from_train])
@@ -117,9 +115,15 @@ def pick(count, split, subset, val_from_train):
     if subset and split == "train":
         if subset > len(rows):
             raise UserError(f"--subset {subset}, but there are {len(rows)} images; ask for fewer")
-        order = np.random.default_rng(0).permutation(len(rows))
-        rows = rows[np.sort(order[:subset])]
+        rows = rows[drawn(len(rows), subset)]
     return rows
+
+
+def drawn(count, most):
+    """At most that many of `count` numbers, drawn at random, the same every time, in order."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,16 +145,16 @@ def words(text):
     return WORD.findall(unicodedata.normalize("NFC", text).lower().translate(SPELLING))
 
 
-def note_cut(texts, text_len):
-    """Says how many of the texts are too long for text_len tokens, BEGIN and END among them."""
+def note_lost(texts, tokens, text_len):
+    """Says how many texts are longer than text_len tokens, BEGIN and END among them, and how many
+    of their words are unknown.
+    """
     cut = sum(len(words(text)) > text_len - 2 for text in texts)
     if cut:
-        note(f"{cut} of {len(texts)} texts cut to {text_len - 2} words (text_len is {text_len})")
-
-
-def share_unknown(tokens):
-    """Which share of the words of tokens (N, L) the tokenizer does not know."""
-    return (tokens == UNKNOWN).sum() / (tokens > END).sum()
+        note(f"{cut} of {len(texts)} captions cut to {text_len - 2} words (text_len is {text_len})")
+    unknown = (tokens == UNKNOWN).sum() / (tokens > END).sum()
+    if unknown > 0:
+        note(f"{unknown:.1%} of the captions' words are unknown")
 
 
 def pad_right(rows):
@@ -232,7 +236,7 @@ class Batches:
         for texts in data.captions:
             self.choices.append([rows.setdefault(text, len(rows)) for text in texts])
         self.tokens = tokenizer.encode(rows, text_len)                  # (texts, L)
-        note_cut(rows, text_len)
+        note_lost(rows, self.tokens, text_len)
         self.sided = np.array([names_a_side(text) for text in rows])    # (texts,)
         self.epoch = None
 
@@ -373,7 +377,7 @@ def shapes(split, size, seed, subset=0):
         images.append(draw(things, rng, size))
         captions.append(captions_of(things))
         labels.append(PAIRS.index((things[0].colour, things[0].shape)))
-    data = Dataset(np.stack(images), captions)
+    data = Dataset(np.stack(images), captions, source="generated scenes")
     if split not in ("train", "val"):
         data.labels = np.array(labels)
         data.classes = [f"{colour} {shape}" for colour, shape in PAIRS]  # not the held-out only
@@ -390,29 +394,6 @@ TEMPLATES = [  # 8 of CLIP's 18 for CIFAR
     "a photo of a big {}.", "a photo of the {}."]
 
 
-def cifar(name, data_dir, files, size, download):
-    """Dataset of the training or the test images, files "train" or "val"."""
-    kind = CIFAR[name]
-    if download:
-        fetch(kind["url"], kind["md5"], data_dir)
-    root = data_dir / kind["folder"]
-    if not root.is_dir():  # DIR may be the folder itself
-        root = data_dir
-    paths = [root / file for file in kind[files]]
-    found = [path for path in paths if path.is_file()]
-    if not found:
-        raise UserError(f"{paths[0]}: no such file; give its folder as --data-dir, or add "
-                        "--download")
-    if len(found) < len(paths):
-        note(f"{len(found)} of {len(paths)} {files} batches of {name} are in {root}; using those")
-    classes = read_cifar(root / kind["meta"], kind["names"])
-    batches = [read_cifar(path, kind["labels"], classes) for path in found]
-    labels = np.concatenate([labels for labels, _ in batches])
-    images = resize(np.concatenate([images for _, images in batches]), size)
-    captions = [[template.format(classes[label]) for template in TEMPLATES] for label in labels]
-    return Dataset(images, captions, labels, classes, TEMPLATES, augment=True, source=str(root))
-
-
 # ------------------------------------------------------------------------------------------------
 # Plumbing: nothing about CoCa below
 
@@ -421,6 +402,10 @@ def cifar(name, data_dir, files, size, download):
 
 class UserError(Exception):
     """Something that the user can put right: one line that says what, where, and what to do."""
+
+
+class DoesNotApply(UserError):
+    """The model or the data have not what is asked for; there may be something else to do."""
 
 
 def run_program(main):
@@ -432,7 +417,8 @@ def run_program(main):
     except UserError as e:
         sys.exit(f"error: {e}" if first_process() else 1)
     except KeyboardInterrupt:
-        sys.exit("\nstopped")
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def first_process():
@@ -458,6 +444,9 @@ def replacing(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); what was there is untouched") \
+            from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -485,17 +474,35 @@ def one_error(path):
 
 # CIFAR's files
 
+
+def cifar(name, data_dir, files, size):
+    """Dataset of the training or the test images, files "train" or "val"."""
+    kind = CIFAR[name]
+    root = data_dir / kind["folder"]
+    if not root.is_dir():  # DIR may be the folder itself
+        root = data_dir
+    paths = [root / file for file in kind[files]]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise UserError(f"{paths[0]}: no such file; give its folder as --data-dir, or fetch it: "
+                        f"python -m experiments.fetch {name} {shlex.quote(str(data_dir))}")
+    if len(found) < len(paths):
+        note(f"{len(found)} of {len(paths)} {files} batches of {name} are in {root}; using those")
+    classes = read_cifar(root / kind["meta"], kind["names"])
+    batches = [read_cifar(path, kind["labels"], classes) for path in found]
+    labels = np.concatenate([labels for labels, _ in batches])
+    images = resize(np.concatenate([images for _, images in batches]), size)
+    captions = [[template.format(classes[label]) for template in TEMPLATES] for label in labels]
+    return Dataset(images, captions, labels, classes, TEMPLATES, augment=True, source=str(root))
+
+
 CIFAR = {
     "cifar10": dict(
         folder="cifar-10-batches-py", train=[f"data_batch_{i}" for i in range(1, 6)],
-        val=["test_batch"], meta="batches.meta", names="label_names", labels="labels",
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        md5="c58f30108f718f92721af3b95e74349a"),
+        val=["test_batch"], meta="batches.meta", names="label_names", labels="labels"),
     "cifar100": dict(
         folder="cifar-100-python", train=["train"], val=["test"],
-        meta="meta", names="fine_label_names", labels="fine_labels",
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        md5="eb9058c3a382ffc7106e4002c42a8d85"),
+        meta="meta", names="fine_label_names", labels="fine_labels"),
 }
 
 
@@ -551,7 +558,7 @@ def read_cifar(path, key, classes=()):
             content = PlainUnpickler(f, encoding="latin1").load()
         if not classes:
             return [name.replace("_", " ") for name in content[key]]
-        labels = np.array([operator.index(plain(label)) for label in plain(content[key])])
+        labels = np.array([plain(label).__index__() for label in plain(content[key])])
         images = plain(content["data"])
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise ValueError("not 3072 bytes for each label")
@@ -559,40 +566,19 @@ def read_cifar(path, key, classes=()):
             raise ValueError(f"labels other than 0 to {len(classes) - 1}")
         return labels, images.reshape(-1, 3, 32, 32)
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); delete it and run "
-                        "again with --download") from None
+        raise UserError(f"{path}: not a CIFAR file, or damaged ({e!r:.200}); fetch it anew, "
+                        "for example by python -m experiments.fetch") from None
 
 
 def resize(images, size):
-    """images (N, 3, H, W) uint8 -> (N, 3, size, size): the square in the middle."""
-    H, W = images.shape[2:]
-    if H == W == size:
+    """Square images (N, 3, S, S) uint8 -> (N, 3, size, size)."""
+    if images.shape[-1] == size:
         return images
-    side = min(H, W)
-    top = (H - side) // 2
-    left = (W - side) // 2
     resized = np.empty((len(images), 3, size, size), np.uint8)
     for i in range(0, len(images), 1000):
-        square = torch.tensor(images[i:i + 1000, :, top:top + side, left:left + side])
-        resized[i:i + 1000] = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
+        part = torch.tensor(images[i:i + 1000])
+        resized[i:i + 1000] = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
     return resized
-
-
-def fetch(url, md5, folder):
-    """Downloads an archive, if it is not there, checks its md5 and unpacks it in the folder."""
-    archive = folder / url.rsplit("/", 1)[1]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            torch.hub.download_url_to_file(url, str(archive))  # renamed when it is whole
-        if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
-            raise OSError(f"its md5 is not {md5}")
-        with tarfile.open(archive) as tar:
-            # No links, devices or paths that lead outside. (Before Python 3.10.12: a TypeError)
-            tar.extractall(folder, filter="data")
-    except Exception as e:  # of the network, the disk or the archive
-        raise UserError(f"{url}: download failed ({e}); delete {archive}, if it is there, and run "
-                        "again") from None
 
 
 # Pictures in files
@@ -665,14 +651,14 @@ def cached_images(paths, size, name, advice):
     folder = os.environ.get("COCA_CACHE") or "~/.cache/coca"
     try:
         folder = Path(folder).expanduser()
-        file = folder / f"{name}-{size}px-{digest[:32]}"
-        if not file.exists() or file.stat().st_size != math.prod(shape):
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as f:
-                decode_into(f, paths, size, name, advice)
+        folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as e:  # RuntimeError: no home folder
         raise UserError(f"{folder}: cannot keep the decoded images there ({e}); "
                         "set COCA_CACHE to a folder that can be written") from None
+    file = folder / f"{name}-{size}px-{digest[:32]}"
+    if not file.exists() or file.stat().st_size != np.prod(shape):
+        with replacing(file) as f:
+            decode_into(f, paths, size, name, advice)
     return np.memmap(file, np.uint8, "r", shape=shape)
 
 

@@ -1,22 +1,21 @@
 """Evaluate a CoCa checkpoint: zero-shot (Sec. 3.3), or by training on the task (Sec. 3.3, 4.2).
 
-    python eval.py runs/shapes/checkpoint.pt                            zero-shot, captions
-    python eval.py runs/shapes/checkpoint.pt --task frozen finetuned    train a classifier on it
-    python eval.py runs/shapes/checkpoint.pt --image a.jpg b.png        caption your pictures
-    python eval.py runs/shapes/checkpoint.pt --image a.jpg --labels "a ring" "a cross"  which fits
-    python eval.py runs/shapes/checkpoint.pt --image *.png --find "a red ring"  best picture first
-    python eval.py runs/coco/checkpoint.pt --data cifar10 --data-dir D  other data
-    python eval.py runs/shapes/checkpoint.pt --json scores.json         scores for machines
+    python eval.py runs/shapes                                zero-shot, retrieval, captions
+    python eval.py runs/shapes --task frozen finetuned        train a classifier on the model
+    python eval.py runs/shapes --image a.jpg b.png            caption your pictures
+    python eval.py runs/coco --data cifar10 --data-dir DIR    other data
+    python eval.py runs/shapes --json scores.json             scores for machines
 
-Beside each score stands what chance would give. Videos, questions and a page with pictures are in
-experiments/.
+Each score is printed with its chance level. Videos, questions, your own texts for your own pictures
+and a page with pictures are in experiments/.
 """
 import argparse
 import copy
+import functools
+import itertools
 import json
 import math
 import os
-import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -32,14 +31,17 @@ from tqdm import tqdm
 from coca import UNKNOWN, AttentionalPooler, CoCa, CoCaConfig
 from data import (
     NAMES,
+    DoesNotApply,
     Tokenizer,
     UserError,
+    drawn,
     load,
     note,
-    note_cut,
+    note_lost,
     read_image,
+    replacing,
     run_program,
-    share_unknown,
+    select,
     to_model,
     words,
 )
@@ -73,8 +75,8 @@ def embed_texts(model, tokenizer, texts, batch=1024):
 
 
 # ------------------------------------------------------------------------------------------------
-# A task is a function (model, tokenizer, settings) -> {what: (score, chance)}. UserError if the
-# checkpoint or its data lack something for it.
+# A task is a function (model, tokenizer, settings) -> {what: (score, chance)}. DoesNotApply if the
+# checkpoint or its data have not what it asks for.
 
 
 def load_split(model, s, split):
@@ -90,14 +92,14 @@ def load_split(model, s, split):
 def load_classes(model, s, split="zeroshot"):
     data = load_split(model, s, split)
     if not data.classes:
-        raise UserError("the images have no classes")
+        raise DoesNotApply("the images have no classes")
     return data
 
 
 def need_embeddings(model):
     if not model.config.lambda_con:
-        raise UserError("the checkpoint was trained with --lambda-con 0, its embeddings mean "
-                        "nothing")
+        raise DoesNotApply("the checkpoint was trained with --lambda-con 0, its embeddings mean "
+                           "nothing")
 
 
 def constant_answer(labels):
@@ -119,6 +121,9 @@ def embed_classes(model, tokenizer, classes, templates=("{}",)):
     return F.normalize(text, dim=-1)
 
 
+TIE = 1e-6  # cosines that differ by less are equal but for rounding
+
+
 def zero_shot(image_embedding, class_embedding):
     """(N, E), (classes, E) -> the class (N,) nearest to each image.
 
@@ -126,7 +131,7 @@ def zero_shot(image_embedding, class_embedding):
     """
     cosine = image_embedding @ class_embedding.T                        # (N, classes)
     best, predicted = cosine.max(1)
-    nearest = (cosine >= best[:, None]).sum(1)  # how many have the largest; 0 if it is NaN
+    nearest = (cosine >= best[:, None] - TIE).sum(1)  # how many; 0 if the largest is NaN
     return torch.where(nearest == 1, predicted, -1)
 
 
@@ -136,12 +141,35 @@ def zero_shot_score(model, data, class_embedding):
     return (predicted == data.labels).mean(), constant_answer(data.labels)
 
 
+def load_known_classes(model, tokenizer, s):
+    """The images to classify, of those classes only that the model can know: it has met a word of
+    their names. (Else chance would be scored as if it were an answer.)
+    """
+    data = load_classes(model, s)
+    known = are_known(data.classes, tokenizer, model).numpy()           # (classes,)
+    unknown = [name for name, is_known in zip(data.classes, known) if not is_known]
+    if not known.any():
+        raise DoesNotApply(f"the checkpoint knows no word of the classes {', '.join(unknown):.200}")
+    if unknown:
+        note(f"{len(unknown)} of {len(known)} classes left out, the checkpoint knows no word of "
+             f"them: {', '.join(unknown):.200}")
+    data = select(data, np.flatnonzero(known[data.labels]))
+    data.labels = (known.cumsum() - 1)[data.labels]
+    data.classes = [name for name in data.classes if name not in unknown]
+    return data
+
+
+def are_known(texts, tokenizer, model):
+    """Which of the texts (n,) have a word that the tokenizer knows."""
+    return tokenizer.encode(texts, model.config.text_len).amax(1) > UNKNOWN
+
+
 def zero_shot_task(model, tokenizer, s):
     """Share of images whose nearest class is the right one. A class is the mean of its prompts
     (embed_classes); ties and NaN count as wrong (zero_shot).
     """
     need_embeddings(model)
-    data = load_classes(model, s)
+    data = load_known_classes(model, tokenizer, s)
     classes = embed_classes(model, tokenizer, data.classes, data.templates)
     return {"zero-shot top-1": zero_shot_score(model, data, classes)}
 
@@ -163,7 +191,7 @@ def ranks(queries, items, relevant):
     for start in range(0, len(queries), max(1, BLOCK // len(items))):
         cosines = queries[start:start + max(1, BLOCK // len(items))] @ items.T
         for row, right in zip(cosines, relevant[start:]):
-            best = row[right].max()
+            best = row[right].max() - TIE
             wrong = (row >= best).sum() - (row[right] >= best).sum()
             found.append(math.inf if row.max().isnan() else wrong.item())
     return found
@@ -185,13 +213,19 @@ def recall(queries, items, relevant, ks=(1, 5, 10)):
     return found
 
 
-def distinct(captions):
-    """A list of texts per image -> all texts, each once; the numbers of each image's texts."""
-    number = {}
-    of_image = []
-    for texts in captions:
-        of_image.append([number.setdefault(text, len(number)) for text in dict.fromkeys(texts)])
-    return list(number), of_image
+def as_seen(text, text_len):
+    """What a model can tell texts apart by: their first words. Equal ones are one text."""
+    return tuple(words(text)[:text_len - 2])
+
+
+def distinct(captions, text_len):
+    """A list of texts per image -> all texts, equal ones once; which of them each image has."""
+    first = {}  # of equal texts
+    for text in itertools.chain(*captions):
+        first.setdefault(as_seen(text, text_len), text)
+    number = {seen: i for i, seen in enumerate(first)}
+    of_image = [sorted({number[as_seen(text, text_len)] for text in own}) for own in captions]
+    return [*first.values()], of_image
 
 
 def retrieval(image_embedding, model, tokenizer, captions, image="image"):
@@ -200,7 +234,7 @@ def retrieval(image_embedding, model, tokenizer, captions, image="image"):
     captions: a list of texts per image, all used. A text that several images carry is one item,
     right for each of them.
     """
-    texts, of_image = distinct(captions)
+    texts, of_image = distinct(captions, model.config.text_len)
     of_text = [[] for _ in texts]
     for i, numbers in enumerate(of_image):
         for j in numbers:
@@ -218,8 +252,8 @@ def retrieval_task(model, tokenizer, s):
     need_embeddings(model)
     val = load_split(model, s, "val")
     if val.classes:
-        raise UserError(f"the captions of {s['data']} are class names, shared by many images; "
-                        "see zero-shot")
+        raise DoesNotApply(f"the captions of {s['data']} are class names, shared by many images; "
+                           "see zero-shot")
     return retrieval(embed_images(model, val.images), model, tokenizer, val.captions)
 
 
@@ -235,9 +269,11 @@ def caption(model, tokenizer, images, **how):
     return texts
 
 
-def tokenised(text):
-    """Text -> its words only, about as COCO's Java tokeniser has them."""
-    return " ".join(word for word in words(text) if any(map(str.isalnum, word)))
+def tokenised(text, most=None):
+    """Text -> its words only, about as COCO's Java tokeniser has them; of its first `most` words
+    and marks.
+    """
+    return " ".join(word for word in words(text)[:most] if any(map(str.isalnum, word)))
 
 
 def n_grams(text):
@@ -307,7 +343,7 @@ def cider_d(candidates, references, sigma=6.0):
                 norms = math.hypot(*x.values()) * math.hypot(*y.values())
                 score += penalty * dot / (norms or 1)
         scores.append(10 * score / (4 * len(texts)))
-    return statistics.fmean(scores)
+    return np.mean(scores)
 
 
 def captioning_task(model, tokenizer, s, most=1000, examples=2):
@@ -315,17 +351,26 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
     each scored on another image, half of the set further on (neighbours are often of one series).
     """
     if not model.config.lambda_cap:
-        raise UserError("the checkpoint was trained with --lambda-cap 0, its decoder never learned "
-                        "to write")
+        raise DoesNotApply("the checkpoint was trained with --lambda-cap 0, its decoder never "
+                           "learned to write")
     val = load_split(model, s, "val")
-    true = val.captions[:most]
-    captions = caption(model, tokenizer, val.images[:most])
-    references = [[tokenised(text) for text in texts] for texts in true]
+    rows = drawn(len(val), most)
+    if len(rows) < len(val):
+        note(f"captions of {len(rows):,} of the {len(val):,} images, drawn at random")
+    val = select(val, rows)
+    text_len = model.config.text_len
+    everything = [text for texts in val.captions for text in texts]
+    note_lost(everything, tokenizer.encode(everything, text_len), text_len)
+    captions = caption(model, tokenizer, val.images)
+    references = [[tokenised(text) for text in texts] for texts in val.captions]
+    seen = [[tokenised(text, text_len - 2) for text in texts] for texts in val.captions]
 
     def score(captions):
         candidates = [tokenised(text) for text in captions]
-        right = [text in texts for text, texts in zip(candidates, references)]
-        scores = {"captions exactly right": statistics.fmean(right)}
+        right = []
+        for text, candidate, texts in zip(captions, candidates, seen):
+            right.append("<unk>" not in text and candidate in texts)
+        scores = {"captions exactly right": np.mean(right)}
         for n, value in enumerate(bleu(candidates, references), 1):
             scores[f"BLEU-{n}"] = value
         name = "CIDEr-D" if len(captions) > 1 else "CIDEr-D (of one image always 0)"
@@ -336,11 +381,7 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
     chance = score(captions[half:] + captions[:half] if half else [""])
     found = {name: (value, chance[name]) for name, value in score(captions).items()}
     found["distinct captions"] = len(set(captions)) / len(captions), 1 / len(captions)
-    tokens = tokenizer.encode([text for texts in true for text in texts], model.config.text_len)
-    unknown = share_unknown(tokens)
-    if unknown:
-        print(f"{unknown:.1%} of the words in the true captions are unknown")
-    for text, texts in list(zip(captions, true))[:examples]:
+    for text, texts in list(zip(captions, val.captions))[:examples]:
         same = text if text in texts else texts[0]  # scenes have two captions, in either order
         print(f"  generated: {text}\n       true: {same}")
     return found
@@ -402,7 +443,7 @@ def image_tokens(model, images):
 
 
 class Learner(nn.Module):
-    """A model, what is read from it, and the classifier that reads it."""
+    """A model, what is read from it, and the classifier that reads it: inputs -> logits."""
 
     def __init__(self, model, read, classifier):
         super().__init__()
@@ -423,31 +464,38 @@ def run_in_parts(function, inputs, device):
     return [torch.cat(parts) for parts in zip(*outputs)]
 
 
+def accuracy(learner, test):
+    """Share of the test's inputs whose likeliest class is the right one."""
+    def predict(*inputs):
+        return (learner(*inputs).argmax(1),)
+
+    inputs, labels = test
+    predicted, = run_in_parts(predict, inputs, device_of(learner.model))
+    return (predicted.cpu() == labels).float().mean().item()
+
+
 @torch.enable_grad()
 def transfer(model, read, classifier, train, test, recipe, what):
-    """Trains a classifier, and a copy of the model too unless it is frozen -> accuracy on test.
+    """Trains a classifier, and a copy of the model too unless it is frozen -> the Learner and its
+    accuracy on test.
 
     The loss is Eq. (1). train and test: inputs of `read` as tensors (N, ...), labels (N,). The
-    accuracy is that of averaged weights, which remember about the last tenth of the steps. (Table
-    9's decay of 0.9999 would need some 10,000 steps to forget the first weights.)
+    Learner has averaged weights, which remember about the last tenth of the steps. (Table 9's decay
+    of 0.9999 would need some 10,000 steps to forget the first weights.)
     """
     device = device_of(model)
     inputs, labels = train
-    test_inputs, test_labels = test
     groups = [dict(params=classifier.to(device).parameters(), lr=recipe.lr)]
+    learner = Learner(model, read, classifier)
     if recipe.encoder_lr:
-        learner = Learner(copy.deepcopy(model), read, classifier)
+        learned = learner
+        learner.model = copy.deepcopy(model)
         for name, module in learner.model.named_children():
             lr = recipe.encoder_lr if name == "encoder" else recipe.lr
             groups.append(dict(params=module.parameters(), lr=lr))
     else:  # the model runs once, and the classifier learns from its outputs
-        learner = classifier
-
-        def features(*inputs):
-            return read(model, *inputs)
-
-        inputs = run_in_parts(features, inputs, device)
-        test_inputs = run_in_parts(features, test_inputs, device)
+        learned = classifier
+        inputs = run_in_parts(functools.partial(read, model), inputs, device)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
 
     def schedule(t):  # warm-up, then a cosine to zero
@@ -458,24 +506,23 @@ def transfer(model, read, classifier, train, test, recipe, what):
         return mean + (new - mean) * 9 / (10 + n)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    average = AveragedModel(learner, avg_fn=moving_average)
+    average = AveragedModel(learned, avg_fn=moving_average)
     generator = torch.Generator().manual_seed(0)
     for _ in tqdm(range(recipe.steps), what, leave=False):
         rows = torch.randint(len(labels), (recipe.batch,), generator=generator)
-        logits = learner(*(t[rows].to(device) for t in inputs))
+        logits = learned(*(t[rows].to(device) for t in inputs))
         loss = F.cross_entropy(logits, labels[rows].to(device), label_smoothing=recipe.smoothing)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        average.update_parameters(learner)
-
-    def predict(*inputs):
-        return (average(*inputs).argmax(1),)
-
-    predicted, = run_in_parts(predict, test_inputs, device)
-    return (predicted.cpu() == test_labels).float().mean().item()
+        average.update_parameters(learned)
+    if recipe.encoder_lr:
+        learner = average.module
+    else:
+        learner.classifier = average.module
+    return learner, accuracy(learner, test)
 
 
 def new_classifier(model, s, data, **how):
@@ -490,26 +537,29 @@ def tensors(data):
 
 
 def learn_images(model, s, data, test, recipe, what, **how):
-    """Learns the images of data with a new classifier -> accuracy on those of test, and chance."""
+    """Learns the images of data with a new classifier -> the Learner, and its accuracy on those of
+    test beside chance.
+    """
     classifier = new_classifier(model, s, data, **how)
-    score = transfer(model, image_tokens, classifier, tensors(data), tensors(test), recipe, what)
-    return score, constant_answer(test.labels)
+    learner, score = transfer(model, image_tokens, classifier, tensors(data), tensors(test), recipe,
+                              what)
+    return learner, (score, constant_answer(test.labels))
 
 
 def frozen_task(model, tokenizer, s):
     """Sec. 3.3 "Frozen-feature evaluation": a linear probe, and the paper's way: a new pooler."""
     data = load_classes(model, s, "labelled")
     test = load_classes(model, s, "labelled-val")
-    linear = learn_images(model, s, data, test, FROZEN, "linear probe", pooled=False)
-    pooled = learn_images(model, s, data, test, FROZEN, "new pooler")
+    _, linear = learn_images(model, s, data, test, FROZEN, "linear probe", pooled=False)
+    _, pooled = learn_images(model, s, data, test, FROZEN, "new pooler")
     return {"frozen, linear probe": linear, "frozen, new pooler": pooled}
 
 
 def finetuned_task(model, tokenizer, s):
-    """The same with the encoder learning, too."""
+    """A new pooler once more, with the encoder learning, too."""
     data = load_classes(model, s, "labelled")
     test = load_classes(model, s, "labelled-val")
-    return {"finetuned": learn_images(model, s, data, test, FINETUNED, "finetuning")}
+    return {"finetuned": learn_images(model, s, data, test, FINETUNED, "finetuning")[1]}
 
 
 DEFAULT_TASKS = {"zero-shot": zero_shot_task, "retrieval": retrieval_task,
@@ -520,18 +570,21 @@ TASKS = {**DEFAULT_TASKS, "frozen": frozen_task, "finetuned": finetuned_task}
 def evaluate(model, tokenizer, settings, tasks=DEFAULT_TASKS, strict=False, notes=True):
     """Runs tasks {name: function} -> {what: {"score": ..., "chance": ...}}, printed as it comes.
 
-    R@5 and BLEU-1 to 3 are not printed. A task that lacks something is left out, with a note if
-    notes; strict: it is a UserError.
+    R@5 and BLEU-1 to 3 are not printed. A task that does not apply is left out, with a note if
+    notes; strict: it is a UserError, as data that cannot be read always are.
     """
     model.eval()
     scores = {}
-    print(f"{settings['data']:40}{'score':>9}{'chance':>9}{'seconds':>9}")
+    head = settings["data"]
+    if settings.get("val_from_train"):
+        head += f", {settings['val_from_train']} training images kept apart"
+    print(f"{head:40}{'score':>9}{'chance':>9}{'seconds':>9}")
     for name, task in tasks.items():
         began = time.perf_counter()
         try:
             with torch.no_grad():
                 found = task(model, tokenizer, settings)
-        except UserError as e:
+        except DoesNotApply as e:
             if strict:
                 raise UserError(f"{name}: {e}") from None
             if notes:
@@ -547,8 +600,8 @@ def evaluate(model, tokenizer, settings, tasks=DEFAULT_TASKS, strict=False, note
 
 
 def as_text(what, value):
-    """A score as it is printed: a share in per cent, CIDEr-D and cosines (find) as they are."""
-    return f"{value:.3f}" if what.startswith(("CIDEr-D", "find")) else f"{value:.2%}"
+    """A score as it is printed: a share in per cent, CIDEr-D as it is."""
+    return f"{value:.3f}" if what.startswith("CIDEr-D") else f"{value:.2%}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -557,70 +610,19 @@ def as_text(what, value):
 # Your own pictures
 
 
-def check_texts(texts, model, tokenizer):
-    """UserError if a text has no known word or two have the same tokens. Notes unknown words."""
-    need_embeddings(model)
-    rows = tokenizer.encode(texts, model.config.text_len).tolist()
-    for i, text in enumerate(texts):
-        if max(rows[i]) <= UNKNOWN:
-            raise UserError(f"{text!r}: the checkpoint knows none of its words; use words of the "
-                            "captions that it learned from")
-        if rows[i] in rows[:i]:
-            first = texts[rows.index(rows[i])]
-            raise UserError(f"{first!r} and {text!r} are the same to the checkpoint; drop one")
-    note_cut(texts, model.config.text_len)
-    unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
-    if unknown:
-        note(f"words that the checkpoint does not know: {', '.join(unknown)}")
+def caption_files(files, model, tokenizer):
+    """Prints captions of image files -> {file: caption}."""
+    if not model.config.lambda_cap:
+        raise DoesNotApply("no captions: the checkpoint was trained with --lambda-cap 0")
+    texts = caption(model, tokenizer, read_images(files, model.config.image_size))
+    for file, text in zip(files, texts):
+        print(f"{file}: {text}")
+    return dict(zip(files, texts))
 
 
-@torch.no_grad()
-def compare(model, tokenizer, images, names, labels, find):
-    """Your images (N, 3, S, S) uint8 beside your texts, the best match first.
-
-    -> {"labels": {image: {label: probability}}, by the softmax of Eq. (2) over the labels,
-    "find": {text: {image: cosine}}}.
-    """
-    embedding = embed_images(model, images)                             # (N, E)
-    found = {}
-    if labels:
-        cosine = embedding @ embed_classes(model, tokenizer, labels).T  # (N, labels)
-        found["labels"] = ranked(names, labels, (cosine / model.temperature).softmax(1))
-    if find:
-        cosine = embed_texts(model, tokenizer, find) @ embedding.T      # (texts, N)
-        found["find"] = ranked(find, names, cosine)
-    return found
-
-
-def ranked(queries, answers, values):
-    """values (queries, answers) -> {query: {answer: value}}, the largest first."""
-    found = {}
-    for query, row in zip(queries, values.tolist()):
-        found[query] = dict(sorted(zip(answers, row), key=lambda pair: -pair[1]))
-    return found
-
-
-def own_images(args, model, tokenizer):
-    """Prints captions, labels or search results -> args.image (N, 3, S, S) uint8, scores."""
-    for texts in (args.labels, args.find):
-        if texts:
-            check_texts(texts, model, tokenizer)
-    images = np.stack([read_image(Path(file), model.config.image_size) for file in args.image])
-    scores = {}
-    if args.labels or args.find:
-        scores = compare(model, tokenizer, images, args.image, args.labels, args.find)
-        for task, found in scores.items():
-            for query, answers in found.items():
-                print(f"{query}:")
-                for answer, value in answers.items():
-                    print(f"{as_text(task, value):>9}  {answer}")
-    elif model.config.lambda_cap:
-        scores = dict(zip(args.image, caption(model, tokenizer, images)))
-        for name, text in scores.items():
-            print(f"{name}: {text}")
-    else:
-        note("no captions: the checkpoint was trained with --lambda-cap 0")
-    return images, scores
+def read_images(files, size):
+    """Image files -> (N, 3, size, size) uint8."""
+    return np.stack([read_image(Path(file), size) for file in files])
 
 
 # Command line
@@ -636,43 +638,25 @@ def add_common_flags(p):
                    help="cuda, mps or cpu (default: the first there is)")
 
 
-def add_image_flags(p):
-    p.add_argument("--image", nargs="+", metavar="FILE", help="caption these image files instead")
-    p.add_argument("--labels", nargs="+", metavar="TEXT",
-                   help="with --image: which of these texts fits each picture, instead of captions")
-    p.add_argument("--find", nargs="+", metavar="TEXT",
-                   help="with --image: the pictures by likeness to each text, instead of captions")
-
-
-def check_image_flags(p, args):
-    if (args.labels or args.find) and not args.image:
-        p.error("--labels and --find need --image, the pictures to compare with")
-    if args.labels and len(args.labels) < 2:
-        p.error("--labels needs two texts or more to choose from")
-    if args.image and (args.data or args.data_dir):
-        p.error("--image looks at these pictures only; leave --data out")
-
-
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 usage="python eval.py CHECKPOINT [options]")
     add_common_flags(p)
     p.add_argument("--task", nargs="+", choices=TASKS,
                    help="these tasks only (default: zero-shot, retrieval and captioning)")
-    add_image_flags(p)
+    p.add_argument("--image", nargs="+", metavar="FILE", help="caption these image files instead")
     args = p.parse_args(argv)
-    check_image_flags(p, args)
-    if args.image and args.task:
-        p.error("--image looks at these pictures only; leave --task out")
+    if args.image and (args.task or args.data or args.data_dir):
+        p.error("--image looks at these pictures only; leave --task and --data out")
     return args
 
 
 def settings_of(args, checkpoint):
     """The checkpoint's settings, with the data of args where they are given."""
     settings = dict(checkpoint["settings"])
-    if args.data:
-        settings.update(data=args.data, data_dir=args.data_dir, val_from_train=0)
-    elif args.data_dir:
+    if args.data and args.data != settings["data"]:
+        settings.update(data=args.data, data_dir=None, val_from_train=0)
+    if args.data_dir:
         settings["data_dir"] = args.data_dir
     return settings
 
@@ -689,7 +673,9 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint)
     model.to(pick_device(args.device))
     if args.image:
-        _, scores = own_images(args, model, tokenizer)
+        scores = caption_files(args.image, model, tokenizer)
+        if checkpoint["settings"]["data"] == "shapes":
+            note("this model has learned from generated scenes only: it can name nothing else")
     else:
         tasks = DEFAULT_TASKS
         if args.task:
@@ -702,38 +688,41 @@ def main(argv=None):
 # Loading, and devices
 
 FORMAT = 3  # of a checkpoint; goes up when older ones can no longer be read
+CONTENT = ["format", "config", "vocabulary", "settings", "model", "optimizer", "step", "metrics",
+           "metrics_names"]
 
 
 def load_checkpoint(path):
-    """-> model on the CPU, tokenizer, the whole checkpoint: a dict, made in train.save.
+    """-> model on the CPU, tokenizer, the whole checkpoint: a dict, made in train.save. path: the
+    file or its folder.
 
     Plain types only: loading runs no code.
     """
-    if not os.path.isfile(path):
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "vocabulary" not in checkpoint:
-            raise ValueError("something else")
-        found = checkpoint.get("format", 1)
-        if found == FORMAT:
-            model = CoCa(CoCaConfig(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"])
-            return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
+        lacking = [name for name in CONTENT if name not in checkpoint]
+        if lacking:
+            raise KeyError(*lacking)
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format {checkpoint['format']}, and this version reads {FORMAT}")
+        model = CoCa(CoCaConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
     except Exception as e:  # cut off, foreign, or with code in it: torch names each differently
-        raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); "
+        raise UserError(f"{path}: not a checkpoint of this version ({e!r:.150}); train again, or "
                         "give another one") from None
-    raise UserError(f"{path}: its format is {found}, and this version reads {FORMAT}; train again")
 
 
 def pick_device(name):
     """"auto" -> cuda, mps or cpu, the first there is. UserError if the one asked for is not."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        if torch.backends.mps.is_available():
-            return "mps"
-        return "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found.type if found else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
     except Exception as e:  # each device raises a kind of its own
@@ -743,27 +732,22 @@ def pick_device(name):
 
 
 def new_file(path):
-    """For argparse: the path, if a new file can be made there. So it is known before the work."""
-    try:
-        open(path, "x").close()
-        os.remove(path)
-    except FileExistsError:
-        raise argparse.ArgumentTypeError(f"{path} is there already; give another name") from None
-    except OSError as e:
-        raise argparse.ArgumentTypeError(f"{path} cannot be made ({e.strerror}); give "
-                                         "another") from None
+    """For argparse: a path where nothing is yet, in a folder that is there. So it is known before
+    the work.
+    """
+    if os.path.lexists(path):
+        raise argparse.ArgumentTypeError(f"{path} is there already; give another name")
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be made; give another name")
     return path
 
 
 def write_new(path, text):
     """Writes a file that was not there, or nothing. (File names in the text may be no Unicode.)"""
-    try:
-        with open(path, "x", encoding="utf-8", errors="replace") as f:
-            f.write(text)
-    except OSError as e:
-        if not isinstance(e, FileExistsError):
-            Path(path).unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already and stays as it is; give another name")
+    with replacing(Path(path)) as f:
+        f.write(text.encode("utf-8", "replace"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a CoCa (Sec. 3.2, Eq. (4)) with the paper's recipe (Sec. 4.1) scaled down.
 
     python train.py                                                    generated scenes, on a CPU
-    python train.py --data cifar10 --data-dir DIR [--download]         CIFAR-10 in DIR
+    python train.py --data cifar10 --data-dir DIR                      CIFAR-10 in DIR
     python train.py --data coco --data-dir DIR --subset 1000           COCO captions
     python train.py --data captions --data-dir DIR                     your images and captions
     python train.py --lambda-cap 0                                     a dual encoder (CLIP)
@@ -27,6 +27,7 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,14 +40,14 @@ from data import (
     Batches,
     Tokenizer,
     UserError,
+    drawn,
     load,
     note,
     replacing,
     run_program,
-    share_unknown,
     to_model,
 )
-from eval import FORMAT, evaluate, load_checkpoint, pick_device
+from eval import BLOCK, FORMAT, evaluate, load_checkpoint, pick_device
 
 # ------------------------------------------------------------------------------------------------
 # The loop
@@ -75,7 +76,7 @@ def train(model, optimizer, batches, s, start=0, rank=0, world=1):
         con, cap, norm = torch.stack([con, cap, norm]).tolist()
         if not math.isfinite(con + cap + norm):
             raise UserError(f"step {step + 1}: loss_con is {con}, loss_cap {cap}, the gradient's "
-                            f"norm {norm}; try a smaller --lr (what is saved is from before)")
+                            f"norm {norm}; try a smaller --lr")
         yield step, con, cap
         optimizer.step()
         with torch.no_grad():
@@ -112,9 +113,6 @@ def half_precision(device):
 
 # ------------------------------------------------------------------------------------------------
 # One batch in several parts, on one or many processes: the paper's N is 65,536
-
-BLOCK = 2**25  # similarities in one tensor at most: 128 MiB of float32
-
 
 def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
     """Leaves the gradient of Eq. (4) for the batch of *all* processes in the parameters.
@@ -218,7 +216,7 @@ def new_model(s, data, source=None):
     else:
         tokenizer = source[1]
     s.vocab_size = len(tokenizer)
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed if source is None else fresh_seed(s.seed, source[0]))
     model = CoCa(config_of(s))
     if source is None or "encoder" in s.fresh:
         some = to_model(torch.tensor(data.images[:256]))
@@ -237,6 +235,16 @@ def new_model(s, data, source=None):
                             f"leave the sizes out, or add --fresh {part_of(name)}")
         wanted[name].copy_(weights[name])
     return model, tokenizer
+
+
+def fresh_seed(seed, model):
+    """A seed for new parts beside old ones. (With the old ones' seed they would start with the very
+    values that the old ones grew up beside, and be no strangers to them.)
+    """
+    digest = hashlib.sha256(str(seed).encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    return int.from_bytes(digest.digest()[:4], "big")
 
 
 def resize_positions(position, wanted):
@@ -298,8 +306,10 @@ PARTS = {  # what --train and --fresh name
 # Settings
 
 # On --resume: these change the result by rounding at most
-MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile", "save_every"]
-NOT_KEPT = ["help", "out", "resume", "device", "download"]
+MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]
+NOT_KEPT = ["help", "out", "resume", "device", "own"]
+SAVE_EVERY = 30  # seconds; longer if saving would take over 5 % of the time
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 80 columns
 
 
 def parse_args(argv=None):
@@ -315,7 +325,6 @@ def parse_args(argv=None):
     flag("--help", "-h", action="store_true", help="these lines, with the defaults that apply")
     flag("--data", choices=NAMES, default="shapes", help="what to train on")
     flag("--data-dir", type=os.path.abspath, help="folder of the data")
-    flag("--download", action="store_true", help="fetch CIFAR into --data-dir first")
     flag("--subset", type=at_least(0), default=0, help="that many training images, 0 = all")
     flag("--val-from-train", type=at_least(0), default=0, metavar="N",
          help="tuning: evaluate on N training images, kept apart")
@@ -341,8 +350,6 @@ def parse_args(argv=None):
     flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
     flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
     flag("--resume", action="store_true", help="go on with the run in --out")
-    flag("--save-every", type=at_least(1, float), default=30, metavar="SECONDS",
-         help="between checkpoints; longer if saving would take over 5 %% of the time")
     flag("--accum", type=at_least(1), default=1, help="parts to compute a batch in, same gradients")
     flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
          help="recompute activations in backward: less memory, same gradients")
@@ -350,7 +357,7 @@ def parse_args(argv=None):
          help="torch.compile: worth its minute for large models on a GPU")
 
     given = p.parse_args(argv)
-    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None)
+    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None, own=None)
     p.set_defaults(**PRESETS[given.data])
     if given.config:
         p.set_defaults(**asdict(CONFIGS[given.config]))
@@ -360,14 +367,20 @@ def parse_args(argv=None):
     check_flags(p, given)
     source = None
     if given.resume:
-        source = load_checkpoint(Path(given.out) / "checkpoint.pt")
+        path = Path(given.out) / "checkpoint.pt"
+        p.set_defaults(own=stamp(path))
+        source = load_checkpoint(path)
         p.set_defaults(**source[2]["config"])
         p.set_defaults(**source[2]["settings"])
     elif given.init:
         source = load_checkpoint(given.init)
         p.set_defaults(**source[2]["config"])
     s = p.parse_args(argv)
+    s.train = [part for part in PARTS if part in s.train]
+    s.fresh = [part for part in PARTS if part in s.fresh]
     check_settings(p, s, source)
+    if given.init and not given.lr and not given.resume:
+        note(f"--lr is {s.lr}, as for a new model; a tenth of it spares what --init has learned")
     return s, source
 
 
@@ -375,29 +388,30 @@ def parse_args(argv=None):
 
 
 def load_data(s, split):
-    """The data of settings s (a dict) -> Dataset of the split. For other data give main a function
-    like this: it is asked for "train" and "val" and, for the scores, what eval.py's tasks need.
+    """The data of settings s (a dict) -> Dataset of the split "train", "val" or, for the scores,
+    those of data.load. For data of your own give main another function like this.
     """
-    names = ["subset", "seed", "download", "val_from_train"]
-    return load(s["data"], s["data_dir"], split, size=s["image_size"], **{n: s[n] for n in names})
+    if s["data"] == "shapes" and s["data_dir"]:
+        raise UserError("--data-dir is for files, but scenes are generated; name the --data, too")
+    return load(s["data"], s["data_dir"], split, size=s["image_size"], subset=s["subset"],
+                seed=s["seed"], val_from_train=s["val_from_train"])
 
 
 def main(argv=None, load_data=load_data):
     s, source = parse_args(argv)
+    unused = s.train == ["poolers"] and not s.lambda_con and not s.n_query
+    if not s.lr or unused:
+        raise UserError("no weight would move; give --lr more than 0, or --train other parts")
     rank, world = join_processes(s)
     if rank == 0 and s.out and not s.resume:
         check_free(s.out)
     if rank > 0:  # the first process decodes pictures, the others then read what it has kept
         dist.barrier()
-        s.download = False
     data = load_data(vars(s), "train")
     val = load_data(vars(s), "val")
     if rank == 0 and world > 1:
         dist.barrier()
-    s.download = False  # once is enough
     check_data(s, data, val)
-    if rank == 0 and not s.resume:
-        s.out = new_folder(s.out, s.data)
     if s.resume:
         model, tokenizer, checkpoint = source
     else:
@@ -413,16 +427,25 @@ def main(argv=None, load_data=load_data):
     own = slice(rank * n, rank * n + n)  # of each batch, this process's share
     batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed, own, s.device)
     if rank == 0:
+        if not s.resume:
+            s.out = new_folder(s.out, s.data)
+        if s.data == "shapes" and data.source != "generated scenes":
+            s.data = data.source  # of another load_data
         describe(s, model, batches)
         print(f"after a stop go on with: {command_to_go_on(s, world)}")
     run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world)
     if rank == 0:
         print(f"\n{s.steps:,} steps, {s.steps * s.batch_size:,} images seen, "
               f"{rows[-1][SECONDS]:.0f} s of training on {s.device}")
+        out = shlex.quote(s.out)
+        print(f"saved: checkpoint.pt and metrics.csv in {out}")
+        if s.data in NAMES:
+            print(f"score: python eval.py {out}")
         evaluate(model, tokenizer, {**vars(s), "load_data": load_data}, notes=False)
-        print(f"saved: {s.out}/checkpoint.pt, {s.out}/metrics.csv")
-        if s.lambda_cap:
-            print(f"next:  python eval.py {shlex.quote(s.out)}/checkpoint.pt --image YOUR.jpg")
+        if data.augment and s.lambda_cap:
+            print(f"next:  python eval.py {out} --image YOUR.jpg")
+        else:
+            print(f"next:  python -m experiments.report {out} report.html")
     if world > 1:
         dist.destroy_process_group()
 
@@ -472,21 +495,20 @@ def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
     began = time.time() - (rows[-1][SECONDS] if rows else 0)
     saved = -math.inf  # when
     saving = 0.0  # how long it took
-    validated = {}  # what the bar shows of the last save
-    with tqdm(total=s.steps, initial=len(rows), desc="training", disable=rank > 0) as bar:
+    validated = ""  # what the bar shows of the last save
+    with tqdm(total=s.steps, initial=len(rows), disable=rank > 0, bar_format=BAR) as bar:
         for step, con, cap in train(model, optimizer, batches, s, len(rows), rank, world):
-            due = time.time() - saved > max(s.save_every, 20 * saving)  # at most 5 % of the time
+            due = time.time() - saved > max(SAVE_EVERY, 20 * saving)
             if rank == 0 and due:
                 saving = save(s, model, tokenizer, optimizer, val, rows)
                 saved = time.time()
                 if rows:
-                    val_con, val_cap = rows[-1][-2:]
-                    validated = dict(val_con=f"{val_con:.3f}", val_cap=f"{val_cap:.3f}")
+                    validated = " val {:.3g} {:.3g}".format(*rows[-1][-2:])
             total = s.lambda_con * con + s.lambda_cap * cap
             rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total,
                          learning_rate(step, s.lr, s.steps), model.temperature.item(),
                          time.time() - began, math.nan, math.nan])
-            bar.set_postfix(con=f"{con:.3f}", cap=f"{cap:.3f}", **validated, refresh=False)
+            bar.set_postfix_str(f"con {con:.3g} cap {cap:.3g}{validated}", refresh=False)
             bar.update()
     if rank == 0:
         save(s, model, tokenizer, optimizer, val, rows)
@@ -508,8 +530,8 @@ def check_settings(p, s, source):
         for name, saved in source[2]["settings"].items():
             if getattr(s, name) != saved and name not in MAY_CHANGE:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{s.out}/checkpoint.pt was made with {flag} {saved}; leave {flag} "
-                                f"out, or start anew from it: --init {s.out}/checkpoint.pt")
+                raise UserError(f"the run was started with {flag} {saved}; leave {flag} out, or "
+                                "start anew from it: --init")
     try:
         config_of(s)
     except ValueError as e:
@@ -556,18 +578,12 @@ def join_processes(s):
 
 def check_data(s, data, val):
     """UserError if a resumed run learned from other data, or was validated on others."""
-    found = fingerprint(data, val)
+    text = json.dumps([[part.names, part.captions] for part in (data, val)])
+    found = f"{len(data)} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
     if s.fingerprint not in (None, found):
-        raise UserError(f"the data are not those that {s.out} learned from (other images, names or "
-                        "captions); put them back, or start anew from it: "
-                        f"--init {s.out}/checkpoint.pt")
+        raise UserError("the data are not those of the run so far (other images, names or captions); "
+                        "put them back, or start anew from it: --init")
     s.fingerprint = found
-
-
-def fingerprint(*sets):
-    """What a run remembers of its data: how many images, and a hash of names and captions."""
-    text = json.dumps([[data.names, data.captions] for data in sets])
-    return f"{len(sets[0])} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def prepare(model, s):
@@ -582,24 +598,23 @@ def prepare(model, s):
 
 
 def describe(s, model, batches):
-    """What is trained, how to go on and, of a new model, what to expect of it."""
-    print(" ".join(f"{name}={value}" for name, value in vars(s).items() if name != "help"))
-    decoder = count_parameters(model.unimodal, model.multimodal)
-    poolers = count_parameters(model.generative_pooler, model.contrastive_pooler)
-    print(f"{len(batches.data):,} images of {batches.data.source}, {s.vocab_size:,} tokens")
-    print(f"millions of parameters: encoder {count_parameters(model.encoder):.2f}, poolers "
-          f"{poolers:.2f}, decoder {decoder:.2f}")
-    unknown = share_unknown(batches.tokens)
-    if unknown > 0.1:
-        note(f"{unknown:.0%} of the captions' words are unknown; --fresh decoder learns new ones")
+    """What is trained, what is unusual and, of a new model, what to expect."""
+    data = batches.data
+    print(f"{data.source}: {len(data):,} images, {s.vocab_size:,} tokens")
+    print(f"{s.steps:,} steps of {s.batch_size} images on {s.device}")
+    print(f"{count_parameters(model):.2f} million parameters")
+    usual, _ = parse_args(["--data", s.data] if s.data in NAMES else [])
+    for name, value in vars(s).items():
+        if name not in [*NOT_KEPT, "vocab_size", "fingerprint"] and value != getattr(usual, name):
+            print(f"  {name} {value}, not {getattr(usual, name)}")
     if s.resume or s.init:
         return
     if s.lambda_con:
-        print(f"at step 0 expect a contrastive loss of about 2 ln {s.batch_size} = "
-              f"{2 * math.log(s.batch_size):.2f} (less if captions repeat)")
+        expected = 2 * math.log(s.batch_size)
+        print(f"at step 0 expect a contrastive loss of 2 ln {s.batch_size} = {expected:.2f}")
     if s.lambda_cap:
-        print(f"at step 0 expect a captioning loss of about ln {s.vocab_size} + 1/2 = "
-              f"{math.log(s.vocab_size) + 0.5:.2f}")
+        expected = math.log(s.vocab_size) + 0.5
+        print(f"at step 0 expect a captioning loss of ln {s.vocab_size} + 1/2 = {expected:.2f}")
 
 
 # Files
@@ -609,19 +624,33 @@ METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature"
 SECONDS = METRICS.index("seconds")
 
 
+def stamp(path):
+    """What tells a file from another one in its place, None if there is none."""
+    try:
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns
+    except OSError:
+        return None
+
+
 def save(s, model, tokenizer, optimizer, val, rows):
     """Validates, then writes checkpoint.pt, and metrics.csv from the rows in it -> seconds it took.
     eval.load_checkpoint reads it: for eval.py, experiments/, --resume and --init.
 
     If a stop falls between the two files, the next save makes metrics.csv again. UserError, and
-    nothing is written, if the validation losses are not finite.
+    nothing is written, if the validation losses are not finite, or if there is another file than
+    this run read or wrote.
     """
     began = time.time()
     if rows:
         rows[-1][-2:] = validate(s, model, tokenizer, val)
         if not all(map(math.isfinite, rows[-1])):
             raise UserError(f"step {len(rows)}: validation losses {rows[-1][-2:]}; try a smaller "
-                            "--lr (what is saved is from before)")
+                            "--lr")
+    path = Path(s.out) / "checkpoint.pt"
+    if stamp(path) != s.own:
+        raise UserError(f"{path} is another run's now and stays as it is; what this run did after "
+                        "its last save is lost. Give each run an --out of its own")
     settings = {name: value for name, value in vars(s).items() if name not in NOT_KEPT}
     metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(METRICS))
     checkpoint = dict(format=FORMAT, config=asdict(model.config), vocabulary=tokenizer.words,
@@ -630,17 +659,11 @@ def save(s, model, tokenizer, optimizer, val, rows):
                       metrics=metrics)
     content = io.BytesIO()  # in memory first: torch's own error of a full disk is hard to read
     torch.save(checkpoint, content)
-    lines = [",".join(METRICS)]
-    for row in rows:
-        lines.append(",".join("" if math.isnan(value) else f"{value:.9g}" for value in row))
-    try:
-        with replacing(Path(s.out) / "checkpoint.pt") as f:
-            f.write(content.getbuffer())
-        with replacing(Path(s.out) / "metrics.csv") as f:
-            f.write("\n".join([*lines, ""]).encode())
-    except OSError as e:
-        raise UserError(f"{s.out}: cannot be written ({e.strerror}); what was saved before is "
-                        "untouched") from None
+    with replacing(path) as f:
+        f.write(content.getbuffer())
+    s.own = stamp(path)
+    with replacing(Path(s.out) / "metrics.csv") as f:
+        np.savetxt(f, rows, "%.9g", ",", header=",".join(METRICS), comments="")
     return time.time() - began
 
 
@@ -649,13 +672,13 @@ def validate(s, model, tokenizer, val):
     """Both losses on at most 500 validation images and their first captions, in batches (a last,
     short one is left out: Eq. (2) depends on the size).
     """
-    size = min(s.batch_size, 500, len(val))
-    batches = min(500, len(val)) // size
+    rows = drawn(len(val), 500)
+    size = min(s.batch_size, len(rows))
+    batches = len(rows) // size
     total = torch.zeros(2)
-    for i in range(0, batches * size, size):
-        images = to_model(torch.tensor(val.images[i:i + size]).to(s.device))
-        texts = [captions[0] for captions in val.captions[i:i + size]]
-        tokens = tokenizer.encode(texts, s.text_len).to(s.device)
+    for own in rows[:batches * size].reshape(batches, size):
+        images = to_model(torch.tensor(val.images[own]).to(s.device))
+        tokens = tokenizer.encode([val.captions[i][0] for i in own], s.text_len).to(s.device)
         with half_precision(s.device):
             loss = model.losses(images, tokens)
         total += torch.stack([loss.con, loss.cap]).cpu() / batches

@@ -74,15 +74,8 @@ import torch.nn.functional as F
 import coca
 from coca import BEGIN, END, PAD, causal_mask
 from data import NAMES, NO_BLANK, UserError, pad_right, run_program, words
-from eval import (
-    add_image_flags,
-    check_image_flags,
-    evaluate,
-    new_file,
-    own_images,
-    pick_device,
-    write_new,
-)
+from eval import caption_files, evaluate, new_file, pick_device, write_new
+from experiments.own_pictures import add_image_flags, check_image_flags, show_texts
 
 HELP = "python -m experiments.open_clip --help"
 
@@ -488,7 +481,10 @@ def main(argv=None):
     if args.image:
         for text in [*(args.labels or []), *(args.find or [])]:
             tokenizer.words += words(text)  # byte pairs know every word, if only in pieces
-        _, scores = own_images(args, model, tokenizer)
+        if args.labels or args.find:
+            _, scores = show_texts(args, model, tokenizer)
+        else:
+            scores = caption_files(args.image, model, tokenizer)
     else:
         scores = evaluate(model, tokenizer, dict(data=args.data, data_dir=args.data_dir, seed=0))
     if args.json:

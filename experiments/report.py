@@ -21,9 +21,7 @@ from coca import PAD
 from data import pillow, run_program
 from eval import (
     add_common_flags,
-    add_image_flags,
     as_text,
-    check_image_flags,
     distinct,
     embed_classes,
     embed_images,
@@ -33,13 +31,12 @@ from eval import (
     load_checkpoint,
     load_split,
     new_file,
-    own_images,
     pick_device,
-    ranked,
     settings_of,
     write_new,
     zero_shot,
 )
+from experiments.own_pictures import add_image_flags, check_image_flags, ranked, show_texts
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -212,7 +209,7 @@ def images_for_texts(found, pictures, most=None):
 
 def nearest(model, tokenizer, data, shown=4, best=5):
     """For some images the nearest texts of the whole set, for some texts the nearest images."""
-    texts, _ = distinct(data.captions)
+    texts, _ = distinct(data.captions, model.config.text_len)
     names = [f"image {i}: {captions[0]}" for i, captions in enumerate(data.captions)]
     pictures = dict(zip(names, data.images))
     cosine = embed_images(model, data.images) @ embed_texts(model, tokenizer, texts).T
@@ -333,7 +330,7 @@ def about_data(model, tokenizer, s):
 
 def about_pictures(args, model, tokenizer):
     """Your own pictures -> scores, {title: parts}."""
-    images, scores = own_images(args, model, tokenizer)
+    images, scores = show_texts(args, model, tokenizer)
     pictures = dict(zip(args.image, images))
     sections = {}
     if args.labels:

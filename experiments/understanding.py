@@ -155,7 +155,7 @@ def understand(model, tokenizer, s, data, kinds=1, recipe=UNDERSTANDING, learned
     train = (images[:learned], tokens[:learned]), labels[:learned]
     test = (images[learned:], tokens[learned:]), labels[learned:]
     classifier = new_classifier(model, s, data)
-    score = transfer(model, decoder_states, classifier, train, test, recipe, "understanding")
+    _, score = transfer(model, decoder_states, classifier, train, test, recipe, "understanding")
     chance = [constant_answer(labels[kind::kinds]) for kind in range(kinds)]
     return score, np.mean(chance)
 

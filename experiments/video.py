@@ -128,7 +128,17 @@ def read_clip(path, size, frames):
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not clip.size:
         raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 "
                         "(count, height, width, 3)")
-    return resize(clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2), size)
+    images = clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2)  # (frames, 3, H, W)
+    return resize(middle_square(images), size)
+
+
+def middle_square(images):
+    """(N, 3, H, W) -> (N, 3, S, S)."""
+    H, W = images.shape[2:]
+    side = min(H, W)
+    top = (H - side) // 2
+    left = (W - side) // 2
+    return images[:, :, top:top + side, left:left + side]
 
 
 def own_clips(folder, size, frames=FRAMES):
@@ -226,7 +236,8 @@ def learn_clips(model, s, data, test, recipe, frames=0):
     torch.manual_seed(s["seed"])
     c = model.config
     classifier = VideoClassifier(c.width, c.heads, len(data.classes), frames)
-    score = transfer(model, clip_tokens, classifier, tensors(data), tensors(test), recipe, "video")
+    _, score = transfer(model, clip_tokens, classifier, tensors(data), tensors(test), recipe,
+                        "video")
     return score, constant_answer(test.labels)
 
 

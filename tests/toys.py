@@ -12,7 +12,7 @@ from PIL import Image
 import data as data_file
 import train
 from data import COLOURS, RADII, SHAPES, Tokenizer
-from eval import FORMAT
+from eval import FORMAT, Learner
 
 SPECIAL = ["<pad>", "<begin>", "<end>", "<unk>"]
 WORDS = [*SPECIAL, *COLOURS, *SHAPES, *RADII, *"a at the top bottom left right and".split()]
@@ -40,7 +40,7 @@ def toy_checkpoint(words=WORDS, **changes):
 def save_checkpoint(path, model, tokenizer, settings, rows=()):
     metrics = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(COLUMNS))
     torch.save(dict(format=FORMAT, config=asdict(model.config), vocabulary=tokenizer.words,
-                    settings=settings, model=model.state_dict(), step=len(rows),
+                    settings=settings, model=model.state_dict(), optimizer={}, step=len(rows),
                     metrics_names=COLUMNS, metrics=metrics), path)
 
 
@@ -57,7 +57,7 @@ def record_lessons(patch, module):
 
     def transfer(*args):
         lessons.append(Lesson(*args))
-        return 0.125
+        return Learner(*args[:3]), 0.125
 
     patch.setattr(module, "transfer", transfer)
     return lessons

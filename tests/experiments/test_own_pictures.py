@@ -1,4 +1,4 @@
-"""eval.py --image: captions of your pictures, or --labels and --find: your own words for them."""
+"""Your own words for your own pictures; eval.py --image: their captions."""
 import json
 import re
 from pathlib import Path
@@ -14,7 +14,9 @@ from toys import SPECIAL, save_checkpoint
 
 import eval as evaluation
 from data import Tokenizer, UserError
-from eval import caption, check_texts, compare, embed_images, embed_texts
+from eval import caption, embed_images, embed_texts
+from experiments import own_pictures
+from experiments.own_pictures import check_texts, compare
 
 WORDS = ["a", "red", "blue", "green", "circle", "ring", "bar", "big", "cross"]
 TOKENIZER = Tokenizer([*SPECIAL, *WORDS])
@@ -66,10 +68,10 @@ def test_only_what_is_asked_for_is_there():
 
 def test_words_that_are_not_known_or_do_not_fit_are_noted(capsys):
     check_texts(["A red zebra!", "a lion ring"], CONTROL.model(), TOKENIZER)
-    noted = capsys.readouterr().err
-    assert noted == "note: words that the checkpoint does not know: !, lion, zebra\n"
+    noted = capsys.readouterr().err.splitlines()
+    assert noted[1] == "note: words that the checkpoint does not know: !, lion, zebra"
     check_texts(["red " * 8], CONTROL.model(), TOKENIZER)
-    assert capsys.readouterr().err.endswith("1 of 1 texts cut to 7 words (text_len is 9)\n")
+    assert capsys.readouterr().err.endswith("1 of 1 captions cut to 7 words (text_len is 9)\n")
     check_texts([*LABELS, "red " * 7], CONTROL.model(), TOKENIZER)  # control
     assert capsys.readouterr().err == ""
 
@@ -92,15 +94,15 @@ def test_texts_that_say_nothing_or_the_same_are_one_clear_line(texts, message):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """eval.py on a toy checkpoint and four pictures -> what it was stopped by, or None."""
+    """own_pictures.py on a toy checkpoint and four pictures -> what stopped it, or None."""
     monkeypatch.chdir(tmp_path)
     for name, image in zip(NAMES, IMAGES):
         Image.fromarray(image.transpose(1, 2, 0)).save(name)
 
-    def call(*flags, **changes):
+    def call(*flags, main=own_pictures.main, **changes):
         save_checkpoint("c.pt", CONTROL.model(**changes), TOKENIZER, dict(data="shapes", seed=0))
         try:
-            evaluation.main(["c.pt", "--device", "cpu", *flags])
+            main(["c.pt", "--device", "cpu", *flags])
         except (SystemExit, UserError) as e:
             return e
     return call
@@ -122,14 +124,15 @@ def test_labels_and_find_are_printed_best_first(command, capsys):
     assert capsys.readouterr().out.splitlines() == expected
 
 
-def test_else_images_are_captioned_unless_the_model_never_learned_to_write(command, capsys):
-    assert not command("--image", *NAMES[:2], "--json", "captions.json")
+def test_eval_py_captions_images_unless_the_model_never_learned_to_write(command, capsys):
+    assert not command("--image", *NAMES[:2], "--json", "captions.json", main=evaluation.main)
     texts = caption(CONTROL.model(), TOKENIZER, IMAGES[:2])
     assert json.loads(Path("captions.json").read_text()) == dict(zip(NAMES, texts))
-    assert capsys.readouterr().out == f"0.png: {texts[0]}\n1.png: {texts[1]}\n"
-    assert not command("--image", "0.png", lambda_cap=0.0)
-    captured = capsys.readouterr()
-    assert captured.out == "" and "--lambda-cap 0" in captured.err
+    said = capsys.readouterr()
+    assert said.out == f"0.png: {texts[0]}\n1.png: {texts[1]}\n"
+    assert "learned from generated scenes only" in said.err
+    error = command("--image", "0.png", main=evaluation.main, lambda_cap=0.0)
+    assert "--lambda-cap 0" in str(error) and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("flags, changes, message", [
@@ -146,14 +149,17 @@ def test_errors_come_before_any_picture_is_read(command, monkeypatch, flags, cha
 
 @pytest.mark.parametrize("flags, message", [
     ("--labels red blue", "need --image"), ("--find red", "need --image"),
-    ("--image 0.png --labels red", "two texts or more"),
-    ("--image 0.png --find", "expected at least one"),
-    ("--image 0.png --task retrieval", "leave --task out"),
-    ("--image 0.png --data shapes", "leave --data out"),
-    ("--image 0.png --data-dir .", "leave --data out")])
-def test_flags_that_lack_something_or_do_not_go_together_are_named(command, capsys, flags, message):
+    ("--image 0.png --labels red", "two texts or more"), ("--image 0.png", "python eval.py"),
+    ("--image 0.png --find", "expected at least one")])
+def test_flags_that_lack_something_are_named(command, capsys, flags, message):
     assert command(*flags.split()).code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--task retrieval", "--data shapes", "--data-dir ."])
+def test_eval_py_looks_at_pictures_only_where_some_are_named(command, capsys, flag):
+    assert command("--image", "0.png", *flag.split(), main=evaluation.main).code == 2
+    assert "leave --task and --data out" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_picture_that_is_missing_is_one_line(command):
