@@ -148,7 +148,7 @@ def load_known_classes(model, tokenizer, s):
     data = load_classes(model, s)
     known = are_known(data.classes, tokenizer, model).numpy()           # (classes,)
     unknown = [name for name, is_known in zip(data.classes, known) if not is_known]
-    if not known.any():
+    if not known[data.labels].any():
         raise DoesNotApply(f"the checkpoint knows no word of the classes {', '.join(unknown):.200}")
     if unknown:
         note(f"{len(unknown)} of {len(known)} classes left out, the checkpoint knows no word of "
@@ -664,8 +664,7 @@ def settings_of(args, checkpoint):
 def evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint):
     """Tasks {name: function} on the checkpoint's data or those of args."""
     chosen = {name: tasks[name] for name in args.task or tasks}
-    settings = settings_of(args, checkpoint)
-    return evaluate(model, tokenizer, settings, chosen, strict=bool(args.task))
+    return evaluate(model, tokenizer, settings_of(args, checkpoint), chosen, strict=bool(args.task))
 
 
 def main(argv=None):
@@ -737,7 +736,7 @@ def new_file(path):
     """
     if os.path.lexists(path):
         raise argparse.ArgumentTypeError(f"{path} is there already; give another name")
-    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+    if not os.access(f"{os.path.dirname(path) or '.'}/.", os.W_OK):  # "/.": no file has that
         raise argparse.ArgumentTypeError(f"{path} cannot be made; give another name")
     return path
 

@@ -8,7 +8,8 @@
 
 experiments/variants.py says what is run. A finished run is a line of --out
 (experiments/ablations.csv), and what has its line there is not run again: after a stop the same
-command goes on.
+command goes on. Lines count if they are of the present commit or of one in EQUAL, and of these
+very data.
 
 The last column holds our difference from the first line of the table against the paper's, by
 `verdict`: with s the standard deviation of a score over the seeds, pooled over both variants,
@@ -24,12 +25,14 @@ can be asked for.
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import math
 import os
 import statistics
 import subprocess
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
@@ -40,7 +43,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import Batches, UserError, note, run_program
+from data import Batches, UserError, note, one_error, run_program
 from eval import evaluate
 from experiments.variants import (
     BOTH_WAYS,
@@ -54,6 +57,7 @@ from experiments.variants import (
 )
 
 LINES = Path(__file__).with_name("ablations.csv")
+EQUAL = {"41df62f"}  # commits whose results were proved equal to those of today's programs
 ROWS = {"shapes": list(TABLES), "cifar10": ["b", "f"]}
 
 # ------------------------------------------------------------------------------------------------
@@ -68,25 +72,45 @@ class Job(NamedTuple):
     images: str
     seed: str
     flags: str  # of train.py but for --data-dir, with what it would choose by itself
+    fingerprint: str  # of the data
 
 
-COLUMNS = [*Job._fields, *SCORES, "training_seconds", "seconds", "commit"]
+NUMBERS = [*SCORES, "training_seconds", "seconds"]  # or nothing, where there is no such score
+COLUMNS = [*Job._fields, *NUMBERS, "commit"]
 
 
-def make_job(variant, data, images, seed):
-    size = train.PRESETS[data]["batch_size"]
+def make_job(variant, data, images, seed, data_dir=None):
     images = int(images * VARIANTS[variant].share)
+    flags = flags_of(variant, data, images, seed)
+    return Job(variant, data, str(images), str(seed), flags, fingerprint(data, seed, data_dir))
+
+
+def flags_of(variant, data, images, seed):
+    size = train.PRESETS[data]["batch_size"]
     flags = (f"--data {data} --steps {max(1, images // size)} --batch-size {size} "
              f"--lr {train.PRESETS[data]['lr']} --seed {seed} --device cpu {VARIANTS[variant].flags}")
-    return Job(variant, data, str(images), str(seed), flags.strip())
+    return flags.strip()
+
+
+@functools.cache
+def fingerprint(data, seed, data_dir):
+    """Of the names and captions of what is learned from and of what validates, as train.py's."""
+    s = settings(f"--data {data} --seed {seed}", data_dir)
+    s.image_size = 1  # pixels do not count here, and few are quick
+    train.check_data(s, train.load_data(vars(s), "train"), train.load_data(vars(s), "val"))
+    return s.fingerprint
+
+
+def settings(flags, data_dir):
+    folder = [f"--data-dir={data_dir}"] if data_dir else []
+    return train.parse_args([*flags.split(), *folder])[0]
 
 
 def compose(flags, variant=VARIANTS["default"], data_dir=None):
     """What train.main is made of, for these flags -> settings, model, tokenizer, validation Dataset,
     train.train: next() is a step. Nothing is saved.
     """
-    folder = ["--data-dir", data_dir] if data_dir else []
-    s, _ = train.parse_args([*flags.split(), *folder])
+    s = settings(flags, data_dir)
     if variant.data:
         data, val = variant.data(s)
     else:
@@ -102,10 +126,10 @@ def compose(flags, variant=VARIANTS["default"], data_dir=None):
 
 
 def perform(job, data_dir):
-    """Trains and evaluates, on one thread and in silence -> {column: text}."""
+    """Trains and evaluates, on one thread and without eval.py's tables -> {column: text}."""
     torch.set_num_threads(1)
     began = time.time()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         s, model, tokenizer, val, steps = compose(job.flags, VARIANTS[job.variant], data_dir)
         composed = time.time()
         for _ in steps:
@@ -143,9 +167,9 @@ def relative_cost(job, data_dir, turns=8, steps=2):
     Median seconds of the processor, which change less with what else runs on the machine; a few
     steps of each in turn.
     """
-    least = make_job("contrastive only", job.data, int(job.images), job.seed)
+    least = flags_of("contrastive only", job.data, int(job.images), job.seed)
     runs = []
-    for flags in (job.flags, least.flags):
+    for flags in (job.flags, least):
         *_, run = compose(f"{flags} --subset 1000 --steps 1000", data_dir=data_dir)
         runs.append(run)
     seconds = [[], []]
@@ -170,24 +194,39 @@ def jobs_of(rows, args):
         for row in rows:
             for variant in TABLES[row][1]:
                 images = args.images or IMAGES[row]
-                found[make_job(variant, args.data, images, seed)] = True
+                found[make_job(variant, args.data, images, seed, args.data_dir)] = True
     return list(found)
 
 
-def read_lines(path):
-    """The CSV -> {Job: its line}; {} if there is none."""
+def read_csv(path, columns, numbers):
+    """A table of these columns, of which some hold numbers -> its lines; [] if there is none."""
     if not os.path.isfile(path):
-        return {}
-    lines = {}
-    with open(path, newline="") as f:
+        return []
+    lines = []
+    with one_error(path), open(path, newline="", encoding="utf-8") as f:
         reader = csv.DictReader(f)
-        if reader.fieldnames and reader.fieldnames != COLUMNS:
+        if reader.fieldnames and reader.fieldnames != columns:
             raise UserError(f"{path}: not the columns of this version; give another --out")
         for line in reader:
             if None in line or None in line.values():
                 raise UserError(f"{path}: line {reader.line_num} is not whole; delete it")
-            lines[Job(*(line[name] for name in Job._fields))] = line
+            for name in numbers:
+                float(line[name] or 0)
+            lines.append(line)
     return lines
+
+
+def read_lines(path):
+    """The CSV -> {Job: its line} of the commits that count, {commit: how many lines} of others."""
+    counting = {*EQUAL, commit()}
+    lines = {}
+    others = Counter()
+    for line in read_csv(path, COLUMNS, NUMBERS):
+        if line["commit"] in counting:
+            lines[Job(*(line[name] for name in Job._fields))] = line
+        else:
+            others[line["commit"]] += 1
+    return lines, others
 
 
 def append_line(path, line):
@@ -221,7 +260,7 @@ def results(jobs, args):
             yield perform(job, args.data_dir)
         return
     waiting = iter(jobs)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), initializer=hide_bars) as pool:
         running = set()
         for job in islice(waiting, args.jobs):  # no more at a time: a stop finds none in the queue
             running.add(pool.submit(perform, job, args.data_dir))
@@ -233,9 +272,14 @@ def results(jobs, args):
                 yield future.result()
 
 
+def hide_bars():
+    """In this process: several would write over each other's."""
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
 def run_all(jobs, args):
     """Runs what has no line in the CSV yet, and adds its line."""
-    lines = read_lines(args.out)
+    lines, _ = read_lines(args.out)
     left = [job for job in jobs if job not in lines]
     at = commit()
     try:
@@ -328,7 +372,10 @@ def markdown(row, lines):
 
 
 def print_tables(rows, args):
-    found = read_lines(args.out)
+    found, others = read_lines(args.out)
+    for name, count in others.items():
+        note(f"{count} lines of commit {name or 'none'} are left out: their results may be others'; "
+             "if they are proved equal, add it to EQUAL")
     for row in rows:
         jobs = jobs_of([row], args)
         lines = [found[job] for job in jobs if job in found]
@@ -344,9 +391,11 @@ def main(argv=None):
                                 usage="python -m experiments.ablations [options]")
     p.add_argument("--images", type=train.at_least(1), help="seen in training, in each run (default: "
                    f"{max(IMAGES.values())}, row a {IMAGES['a']})")
-    p.add_argument("--seeds", nargs="+", type=train.at_least(0), default=range(6))
-    p.add_argument("--rows", nargs="+", choices=TABLES, help="of Table 8 (default: all there are)")
-    p.add_argument("--data", choices=ROWS, default="shapes")
+    p.add_argument("--seeds", nargs="+", type=train.at_least(0, high=2**32), default=range(6),
+                   help="of weights, order and scenes, a run each (default: 0 to 5)")
+    p.add_argument("--rows", nargs="+", choices=TABLES,
+                   help="a to f are of Table 8 (default: all there are)")
+    p.add_argument("--data", choices=ROWS, default="shapes", help="default: shapes")
     p.add_argument("--data-dir", help="folder of the data")
     p.add_argument("--jobs", type=train.at_least(1), default=1,
                    help="runs side by side, one thread each (default: 1)")

@@ -13,7 +13,7 @@ from own_pictures import write_captions
 
 import data
 from coca import BEGIN, END, PAD, UNKNOWN
-from data import Batches, Dataset, Tokenizer, load, pick, select
+from data import Batches, Dataset, Tokenizer, load, pick, select, words
 
 # Which images
 
@@ -30,7 +30,7 @@ def test_a_subset_and_what_is_kept_apart_are_random_images_and_the_same_every_ti
     for split in ("val", "zeroshot", "labelled-val"):
         assert pick(200, split, 60, 50).tolist() == val
     refused("--subset 151, but there are 150 images; ask for fewer", pick, 200, "train", 151, 50)
-    refused("--val-from-train 200, but there are 200 images", pick, 200, "val", 0, 200)
+    refused("200 training images cannot be kept apart", pick, 200, "val", 0, 200)
 
 
 def test_selected_images_keep_their_captions_labels_and_names():
@@ -83,6 +83,19 @@ def test_text_comes_back_readable(text):
     for spelled in (text.upper(), unicodedata.normalize("NFD", text)):
         tokenizer = Tokenizer.learn([spelled], 100)
         assert tokenizer.decode(tokenizer.encode([spelled], 99)[0]) == text
+
+
+@pytest.mark.parametrize("one, other", [
+    ("the man’s feet", "the man's feet"), ("a sky\u00adscraper", "a skyscraper"),
+    ("two\u200b dogs", "two dogs"), ("\ufeffa dog", "a dog"), ("CAF\u00c9", "cafe\u0301"),
+    ("क\u093c", "\u0958")])
+def test_what_looks_the_same_is_the_same_words(one, other):
+    assert words(one) == words(other) and "" not in words(one)
+    assert words(one) != words(f"{other}s")  # control
+
+
+def test_accents_belong_to_their_word():
+    assert len(words("x\u0301y z\u0327\u0301")) == 2  # letters that NFC has no sign for
 
 
 @pytest.mark.parametrize("text, count", [
@@ -194,7 +207,9 @@ def test_equal_classes_get_equal_prompts_in_a_batch():
 
 
 @pytest.mark.parametrize("text, flips", [
-    ("it is left", False), ("the Right side", False), ("a dog", True)])
+    ("it is left", False), ("the Right side", False), ("a dog", True), ("leftover", True),
+    ("a left-handed man", False), ("the right-most dog", False), ("the LEFTMOST one", False),
+    ("rightmost.", False), ("upper-right", False), ("brightly lit", True)])
 def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_left(text, flips):
     originals = np.random.default_rng(0).integers(0, 256, (30, 3, 16, 16), np.uint8)
     padded = np.pad(originals, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=128)
@@ -216,7 +231,8 @@ def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_lef
 def test_long_captions_are_cut_with_a_note_and_a_batch_larger_than_the_data_is_refused(capsys):
     tokens = make_batches(text_len=4)(0)[1]
     assert tokens.shape[1] <= 4 and (tokens == END).any(1).all()
-    assert "24 of 48 texts cut to 2 words (text_len is 4)" in capsys.readouterr().err  # of "again picture 1"
+    said = capsys.readouterr().err  # of "again picture 1"
+    assert "24 of 48 captions cut to 2 words (text_len is 4)" in said
     make_batches(text_len=5)
     assert capsys.readouterr().err == ""
     refused("--batch-size 25 .* 24", make_batches, batch_size=25)

@@ -131,7 +131,8 @@ def test_where_no_table_is_the_converter_is_named():
 
 def test_folders_that_are_not_there_are_named():
     for name in ("coco", "captions", "cifar10"):
-        for folder in (None, "x" * 300, "a\0"):
+        refused(f"{name} needs --data-dir", load, name)
+        for folder in ("x" * 300, "a\0"):
             refused("no such folder", load, name, folder)
 
 

@@ -1,4 +1,4 @@
-"""CIFAR's files: what is read of a pickle, what is refused without running it, and the download."""
+"""CIFAR's files: what is read of a pickle, what is refused without running it."""
 import copyreg
 import faulthandler
 import functools
@@ -122,7 +122,7 @@ def test_byte_strings_of_python_2_are_read(tmp_path):
 
 
 def test_missing_files_are_named_and_some_of_the_batches_are_enough(tmp_path, capsys):
-    refused("/train: no such file; .*--download", load, "cifar100", tmp_path)
+    refused("/train: no such file; .*python -m experiments.fetch cifar100 ", load, "cifar100", tmp_path)
     folder = write_cifar(tmp_path)
     for i in (2, 3, 5):
         (folder / f"data_batch_{i}").unlink()
@@ -279,58 +279,3 @@ def fuzz():
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
 def test_any_damage_gives_data_of_the_right_kind_or_one_line():
     assert exit_code(start(fuzz)) == 0
-
-
-# --download
-
-
-def serve(monkeypatch, folder, members):
-    """Offers {name: content} as the archive of CIFAR-10 -> its file."""
-    file = folder / "cifar-10-python.tar.gz"
-    with tarfile.open(file, "w:gz") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    monkeypatch.setitem(CIFAR["cifar10"], "url", file.as_uri())
-    monkeypatch.setitem(CIFAR["cifar10"], "md5", hashlib.md5(file.read_bytes()).hexdigest())
-    return file
-
-
-unpacks = pytest.mark.skipif(not hasattr(tarfile, "data_filter"),
-                             reason="this Python cannot unpack safely, and data.fetch says so")
-
-
-@unpacks
-def test_an_archive_is_fetched_once_and_again_if_the_connection_breaks(tmp_path, monkeypatch):
-    assert all(kind["url"].startswith("https://") for kind in CIFAR.values())
-    folder = write_cifar(tmp_path / "source")
-    members = {f"{folder.name}/{file.name}": file.read_bytes() for file in folder.iterdir()}
-    file = serve(monkeypatch, tmp_path, members)
-    new = tmp_path / "new" / "data"
-    reply = mock.MagicMock()
-    reply.__enter__.return_value.read.side_effect = [b"nine byte", ConnectionResetError("gone")]
-    with mock.patch("torch.hub.urlopen", return_value=reply):
-        refused("download failed .gone", load, "cifar10", new, download=True)
-    assert not list(new.iterdir())
-    for _ in range(2):
-        found = load("cifar10", new, download=True)
-        assert np.array_equal(found.images, load("cifar10", tmp_path / "source").images)
-        file.unlink(missing_ok=True)  # once is enough
-
-
-@unpacks
-def test_an_archive_that_leads_outside_or_has_another_md5_is_refused(tmp_path, monkeypatch):
-    serve(monkeypatch, tmp_path, {"../evil": b"x"})
-    refused("download failed .*outside", load, "cifar10", tmp_path / "data", download=True)
-    assert not (tmp_path / "evil").exists()
-    monkeypatch.setitem(CIFAR["cifar10"], "md5", "0" * 32)
-    refused("its md5 is not 000", load, "cifar10", tmp_path / "data", download=True)
-
-
-def test_a_python_that_cannot_unpack_safely_does_not_unpack(tmp_path, monkeypatch):
-    serve(monkeypatch, tmp_path, {"a": b"x"})
-    old = functools.partial(tarfile.TarFile.extractall)  # it knows no filter
-    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: old(self, path))
-    refused("download failed .*filter", load, "cifar10", tmp_path / "data", download=True)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-python.tar.gz"]

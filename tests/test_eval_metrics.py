@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, fails, refused
+from helpers import CONTROL, counting, fails
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import SPECIAL
 
 import eval as evaluation
-from data import Dataset, Tokenizer, to_model
+from coca import PAD
+from data import Dataset, DoesNotApply, Tokenizer, to_model
 from eval import bleu, cider_d, embed_classes, embed_images, ranks, recall, tokenised, zero_shot
 
 TOKENIZER = Tokenizer([*SPECIAL, *"abcdefghi"])
@@ -28,6 +29,21 @@ def test_many_images_and_texts_are_embedded_and_captioned_in_order():
     torch.testing.assert_close(evaluation.embed_texts(model, TOKENIZER, texts, batch=3), alone)
     expected = [TOKENIZER.decode(tokens) for tokens in model.generate(images)]
     assert evaluation.caption(model, TOKENIZER, IMAGES) == expected
+
+
+@torch.no_grad()
+def test_one_pass_of_the_encoder_gives_an_embedding_and_a_caption():
+    model = CONTROL.model()
+    images = CONTROL.images()
+    with counting((model.encoder, "forward")) as (encode,):
+        image_context, x = model.pool_image(images)
+        captions = model.generate(images, image_context=image_context)
+        assert encode.call_count == 1
+        assert torch.equal(captions, model.generate(images))
+        assert torch.equal(x, model.encode_image(images))
+        assert encode.call_count == 3  # control: each by itself
+    with fails:  # control: what the decoder reads is what it is given
+        assert torch.equal(captions, model.generate(images, image_context=0 * image_context))
 
 
 def embed_by_hand(patch, table, images):
@@ -52,17 +68,17 @@ def scores_on(patch, task, split, dataset, tokenizer=TOKENIZER):
 def test_zero_shot_takes_the_mean_of_a_classs_prompts_and_its_direction_only(monkeypatch):
     """Chosen so that the nearest single prompt, or a mean of any length, would answer otherwise."""
     images = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.7, 0.7, 0]])
-    table = {"a x": [1, 0, 0], "the x": [-0.5, 0.8, 0],
-             "a y": [0.8, 0, 0.6], "the y": [0.8, 0, 0.6]}
+    table = {"a c": [1, 0, 0], "the c": [-0.5, 0.8, 0],
+             "a d": [0.8, 0, 0.6], "the d": [0.8, 0, 0.6]}
     embed_by_hand(monkeypatch, table, images)
-    classes = embed_classes(None, None, ["x", "y"], ["a {}", "the {}"])
+    classes = embed_classes(None, None, ["c", "d"], ["a {}", "the {}"])
     assert zero_shot(images, classes).tolist() == [1, 0, 0]
-    single = embed_classes(None, None, ["x", "y"], ["a {}"])  # controls
+    single = embed_classes(None, None, ["c", "d"], ["a {}"])  # controls
     assert zero_shot(images, single).tolist() == [0, -1, 0]
     mean = torch.tensor([[0.235, 0.424, 0], [0.8, 0, 0.6]])
     assert zero_shot(images, mean).tolist() == [1, 0, 1]
     for labels, score in (([1, 0, 1], 2 / 3), ([1, 0, 0], 1)):
-        data = Dataset(None, [], np.array(labels), ["x", "y"], ["a {}", "the {}"])
+        data = Dataset(np.arange(3), [[]] * 3, np.array(labels), ["c", "d"], ["a {}", "the {}"])
         found = scores_on(monkeypatch, evaluation.zero_shot_task, "zeroshot", data)
         assert found == {"zero-shot top-1": (pytest.approx(score), pytest.approx(2 / 3))}
 
@@ -80,6 +96,58 @@ def test_a_model_of_nans_says_nothing_and_the_same_prompts_are_never_told_apart(
         assert said([f"x{i}" for i in range(count)]) == 0  # to the model all are <unk>
     torch.nn.init.constant_(model.contrastive_pooler.norm.bias, math.nan)
     assert said(["c", "d", "e"]) == 0
+
+
+def test_cosines_that_differ_by_rounding_only_are_ties(monkeypatch):
+    """Five equal classes, or texts, whatever rounding makes of their cosines: all wrong."""
+    cosines = 0.5 + 1e-7 * torch.rand(100, 5, generator=torch.Generator().manual_seed(0))
+    relevant = [[i % 5] for i in range(100)]
+    assert zero_shot(cosines, torch.eye(5)).tolist() == [-1] * 100
+    assert ranks(cosines, torch.eye(5), relevant) == [4] * 100
+    nearest = cosines + 1e-5 * torch.eye(5).repeat(20, 1)  # control: more than rounding
+    assert zero_shot(nearest, torch.eye(5)).tolist() == [i % 5 for i in range(100)]
+    assert ranks(nearest, torch.eye(5), relevant) == [0] * 100
+    monkeypatch.setattr(evaluation, "TIE", 0)  # control
+    assert (zero_shot(cosines, torch.eye(5)) >= 0).any()
+    assert 0 in ranks(cosines, torch.eye(5), relevant)
+
+
+def zero_shot_of(patch, names, labels, answers, templates=("a {}",)):
+    """What the task finds where the model's answers are these classes, asked of these images."""
+    def answer(model, images):
+        asked.extend(images.tolist())
+        return torch.eye(len(names))[[answers[i] for i in images]]
+
+    def embed(model, tokenizer, classes, templates):
+        return torch.eye(len(names))[[names.index(name) for name in classes]]
+
+    asked = []
+    patch.setattr(evaluation, "embed_images", answer)
+    patch.setattr(evaluation, "embed_classes", embed)
+    data = Dataset(np.arange(len(labels)), [[]] * len(labels), np.array(labels), names, templates)
+    return scores_on(patch, evaluation.zero_shot_task, "zeroshot", data)["zero-shot top-1"], asked
+
+
+def test_classes_with_no_word_that_the_model_knows_are_not_asked_for(monkeypatch, capsys):
+    labels = [0, 3, 1, 2, 3, 3, 2, 3]
+    answers = [0, 3, 0, 2, 2, 3, 0, 3]
+    names = ["zebra", "c", "lion", "big d"]  # of the last, one word is known
+    score, asked = zero_shot_of(monkeypatch, names, labels, answers)
+    assert asked == [1, 2, 4, 5, 7]  # the images of c and d
+    assert score == (3 / 5, 4 / 5)  # chance is of these, too
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "note: 2 of 4 classes left out, the checkpoint knows no word of them: zebra, lion")
+    names = ["b", "c", "e", "big d"]  # control
+    assert zero_shot_of(monkeypatch, names, labels, answers) == ((5 / 8, 4 / 8), [*range(8)])
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, labels", [
+    (["zebra", "?!"], [0, 1, 1]), (["zebra", "c", "?!"], [0, 2, 2])], ids=["of all", "of images"])
+def test_classes_of_unknown_words_only_are_refused_though_their_prompts_words_are_known(
+        monkeypatch, names, labels):
+    with pytest.raises(DoesNotApply, match=r"knows no word of the classes zebra, \?!$"):
+        zero_shot_of(monkeypatch, names, labels, labels, ["a {} b", "c {}"])
 
 
 # Retrieval
@@ -153,10 +221,36 @@ def test_retrieval_counts_several_captions_per_image_and_shared_captions(monkeyp
     assert found["image to text R@1"][0] < 1 and found["text to image R@1"][0] < 4 / 5
 
 
+@pytest.mark.parametrize("one, other, score, chance", [
+    ("a b c", "A  b C", 1, 1 / 2), ("b's", "B’s", 1, 1 / 2),
+    ("a b c d e f g h", "a b c d e f g i", 1, 1 / 2),  # of text_len 9 the model sees seven words
+    ("a b c d e f g", "a b c d e f h", 1, 1 / 3),  # controls: two items
+    ("a", "a.", 1, 1 / 3), ("a zebra", "a lion", 1 / 3, 1 / 3)],
+    ids=["case", "apostrophe", "cut", "not cut", "mark", "unknown words"])
+def test_captions_that_are_equal_as_far_as_a_model_sees_them_are_one_item(
+        monkeypatch, one, other, score, chance):
+    """Of a perfect model: texts differ where their tokens do, images lie on their captions."""
+    def embed(model, tokenizer, texts):
+        rows = []
+        for tokens in tokenizer.encode(texts, 9):
+            rows.append(number.setdefault(tuple(tokens[tokens != PAD].tolist()), len(number)))
+        return torch.eye(3)[rows]
+
+    number = {}
+    images = embed(None, TOKENIZER, [one, other, "d"])
+    monkeypatch.setattr(evaluation, "embed_texts", embed)
+    monkeypatch.setattr(evaluation, "embed_images", lambda model, given: images)
+    data = Dataset(None, [[one], [other], ["d"]])
+    found = scores_on(monkeypatch, evaluation.retrieval_task, "val", data)
+    assert found["image to text R@1"] == (score, pytest.approx(chance))
+    assert found["text to image R@1"][0] == score
+    assert evaluation.distinct([[one, other]], 9)[1] == [[0] if chance == 1 / 2 else [0, 1]]
+
+
 def test_class_prompts_are_not_retrieved(monkeypatch):
     data = Dataset(IMAGES[:2], [["a c"], ["a d"]], np.array([0, 1]), ["c", "d"], ["a {}"])
-    refused("captions of toy are class names, shared by many images; see zero-shot",
-            scores_on, monkeypatch, evaluation.retrieval_task, "val", data)
+    with pytest.raises(DoesNotApply, match="of toy are class names, shared by many images; see"):
+        scores_on(monkeypatch, evaluation.retrieval_task, "val", data)
     data.classes = []  # control
     assert len(scores_on(monkeypatch, evaluation.retrieval_task, "val", data)) == 6
 
@@ -164,10 +258,15 @@ def test_class_prompts_are_not_retrieved(monkeypatch):
 # Captioning
 
 
-def captioned(patch, written, true, words="abc"):
-    """Scores of the captions written where those are true."""
-    patch.setattr(evaluation, "caption", lambda model, tokenizer, images: written[:len(images)])
-    data = Dataset(np.zeros((len(true), 3, 8, 8), np.uint8), true)
+def captioned(patch, written, true, words="abc", looked_at=None):
+    """Scores of the captions written where those are true. looked_at: a list for the images."""
+    def caption(model, tokenizer, images):
+        if looked_at is not None:
+            looked_at.extend(images.tolist())
+        return [written[i] for i in images]
+
+    patch.setattr(evaluation, "caption", caption)
+    data = Dataset(np.arange(len(true)), true)
     return scores_on(patch, evaluation.captioning_task, "val", data, Tokenizer([*SPECIAL, *words]))
 
 
@@ -192,10 +291,21 @@ def test_of_one_image_the_table_says_that_cider_is_0_and_chance_is_an_empty_capt
     assert "CIDEr-D" in captioned(monkeypatch, ["a", "b"], [["a"], ["b"]])  # control: of two
 
 
-def test_a_thousand_images_are_captioned(monkeypatch):
-    found = captioned(monkeypatch, ["a"] * 999 + ["b"] * 201, [["a"]] * 1200)
-    assert found["captions exactly right"][0] == 0.999
-    assert found["distinct captions"] == (2 / 1000, 1 / 1000)
+def test_of_many_images_a_thousand_drawn_from_all_are_captioned(monkeypatch, capsys):
+    """A thousand of one kind come first. They alone would score 100 %."""
+    def score(of_others):
+        looked_at = []
+        true = [["a"]] * 1000 + [["b"]] * of_others
+        found = captioned(monkeypatch, ["a"] * len(true), true, looked_at=looked_at)
+        told = "captions of 1,000 of the 1,100 images, drawn at random" in capsys.readouterr().err
+        return looked_at, found["captions exactly right"][0], told
+
+    looked_at, right, told = score(of_others=100)
+    others = sum(i >= 1000 for i in looked_at)
+    assert len(set(looked_at)) == 1000 and 50 < others < 100
+    assert right == pytest.approx(1 - others / 1000) and told
+    assert score(of_others=100)[0] == looked_at == sorted(looked_at)  # the same every time
+    assert score(of_others=0) == ([*range(1000)], 1, False)  # control: all, in order
 
 
 def test_an_example_stands_beside_the_true_caption_that_it_matches(monkeypatch, capsys):
@@ -204,14 +314,32 @@ def test_an_example_stands_beside_the_true_caption_that_it_matches(monkeypatch, 
     assert [line.split(": ")[1] for line in lines] == ["b a", "b a", "c", "a b"]
 
 
-def test_captions_with_unknown_words_are_never_exactly_right_and_their_share_is_told(
-        monkeypatch, capsys):
-    true = [["a zebra runs", "a zebra"], ["a a"]]
-    for written, words, told in ((["a <unk> <unk>", "a a"], ["a"], True),
-                                 (["a zebra", "b"], ["a", "zebra", "runs"], False)):
-        assert captioned(monkeypatch, written, true, words)["captions exactly right"][0] == 0.5
-        out = capsys.readouterr().out
-        assert ("42.9% of the words in the true captions are unknown" in out) == told
+LONG = "a b c d e f g h i"
+
+
+@pytest.mark.parametrize("written, true, right", [
+    ("a b", "A,  b!", True), ("a’s b", "A's b", True),
+    ("a b c d e f g", LONG, True),  # of text_len 9 the model has seen seven words
+    (LONG, LONG, False), ("a b c d e f", LONG, False), ("a b c d e f h", LONG, False),
+    ("a unk", "a unk", True), ("a <unk>", "a unk", False), ("a <unk>", "a zebra", False)])
+def test_captions_are_exactly_right_as_far_as_a_model_sees_them(monkeypatch, written, true, right):
+    found = captioned(monkeypatch, [written], [["b", true]], LONG)
+    assert found["captions exactly right"] == (right, 0)
+    whole = [tokenised("b"), tokenised(true)]
+    assert found["BLEU-1"][0] == bleu([tokenised(written)], [whole])[0]
+    cut = [tokenised("b"), tokenised(true, 7)]  # control: whole references, here too
+    assert (found["BLEU-1"][0] == bleu([tokenised(written)], [cut])[0]) == (true != LONG)
+
+
+def test_true_captions_that_are_cut_or_have_unknown_words_are_noted(monkeypatch, capsys):
+    for zebra, notes in (("a zebra runs", ["1 of 2 captions cut to 7 words (text_len is 9)",
+                                           "20.0% of the captions' words are unknown"]),
+                         ("a a a", ["1 of 2 captions cut to 7 words (text_len is 9)"])):
+        captioned(monkeypatch, ["a"], [[LONG, zebra]], LONG)
+        noted = capsys.readouterr().err.splitlines()
+        assert noted == [f"note: {text}" for text in notes]
+    captioned(monkeypatch, ["a"], [["a b"]])  # control
+    assert capsys.readouterr().err == ""
 
 
 # BLEU and CIDEr-D
@@ -265,4 +393,5 @@ def test_the_best_and_the_worst():
 def test_tokenised_by_hand():
     text = "A man's T-shirt, RUNNING ... (2.5 dogs)! _ & \"so\""
     assert tokenised(text) == "a man 's t-shirt running 2.5 dogs so"
+    assert tokenised(text, 6) == "a man 's t-shirt running"  # of these and a comma
     assert tokenised(" .") == ""

@@ -1,7 +1,10 @@
 """What learns a classifier, the tasks as a whole, and eval.py's command line."""
 import json
 import math
+import os
 import pickle
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +16,25 @@ from helpers import CONTROL, fails, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from toys import record_lessons, save_checkpoint, toy_checkpoint
+from toys import record_lessons, same_tensors, save_checkpoint, toy_checkpoint
 
 import eval as evaluation
 from coca import AttentionalPooler
-from data import Dataset, UserError, load, to_model
-from eval import FINETUNED, FROZEN, TASKS, Classifier, Recipe, evaluate, image_tokens, transfer
+from data import Dataset, DoesNotApply, UserError, load, to_model
+from eval import (
+    CONTENT,
+    FINETUNED,
+    FROZEN,
+    TASKS,
+    Classifier,
+    Recipe,
+    accuracy,
+    evaluate,
+    image_tokens,
+    load_checkpoint,
+    transfer,
+    write_new,
+)
 
 # The classifier
 
@@ -79,30 +95,36 @@ def run_probe(**how):
     model = CONTROL.model()
     probe = Probe()
     torch.seed()  # another each time, without effect
-    score = transfer(model, lambda model, rows: (rows,), probe, train, test, recipe, "probe")
-    return probe, score
+    learner, score = transfer(model, lambda model, rows: (rows,), probe, train, test, recipe,
+                              "probe")
+    return probe, learner, score
 
 
 def test_what_is_learned_from_is_the_training_set_and_what_is_scored_the_test_set():
-    probe, score = run_probe()
+    probe, learner, score = run_probe()
     assert score == pytest.approx(0.7)
     batches = [rows for rows, _ in probe.trained]
     assert len(batches) == 40 and {len(rows) for rows in batches} == {8}
     assert set(sum(batches, [])) == set(range(40))
     assert [rows for rows, _ in probe.scored] == [list(range(100, 110))]
+    labels = torch.arange(600) % 3  # of class 0, a third
+    assert accuracy(learner, ((torch.arange(600),), labels)) == pytest.approx(1 / 3)
+    assert sum([rows for rows, _ in probe.scored[1:]], []) == list(range(600))
     run_probe()
     assert [rows for rows, _ in probe.trained] == batches  # the same every time
 
 
 def test_scored_is_the_average_of_the_last_weights():
-    probe, _ = run_probe(lr=1e-3)
-    logits = [logit for _, logit in probe.trained]
-    assert logits[-10] < probe.scored[0][1] < logits[-1]  # the last weights are beyond
+    for encoder_lr in (0.0, 1e-3):
+        probe, learner, _ = run_probe(lr=1e-3, encoder_lr=encoder_lr)
+        logits = [logit for _, logit in probe.trained]
+        assert logits[-10] < probe.scored[0][1] < logits[-1]  # the last weights are beyond
+        assert learner.classifier.logits[0] == probe.scored[0][1]
 
 
 @pytest.mark.parametrize("smoothing", [0.2, 0.5])
 def test_targets_are_smoothed(smoothing):
-    probe, _ = run_probe(lr=0.1, steps=300, smoothing=smoothing)
+    probe, _, _ = run_probe(lr=0.1, steps=300, smoothing=smoothing)
     learned = (10 * probe.logits).softmax(0)[0].item()
     assert learned == pytest.approx(1 - smoothing / 2, abs=0.01)  # of two classes
 
@@ -143,14 +165,18 @@ def test_the_encoder_learns_at_its_own_rate_and_the_model_given_stays(lr, encode
     classifier = Classifier(16, 2, 2)
     weight = classifier.linear.weight.detach().clone()
     recipe = Recipe(lr=lr, encoder_lr=encoder_lr, steps=40, batch=8)
-    accuracy = transfer(model, read, classifier, pairs, pairs, recipe, "toy")
+    learner, score = transfer(model, read, classifier, pairs, pairs, recipe, "toy")
     before = CONTROL.model().state_dict()
     changed = {name.split(".")[0] for name, p in read_from[0].state_dict().items()
                if not torch.equal(p, before[name])}
     assert sorted(changed) == moved
     assert torch.equal(classifier.linear.weight, weight) == (lr == 0)
-    assert (accuracy == 1.0) == (lr + encoder_lr > 0)
+    assert (score == 1.0) == (lr + encoder_lr > 0)
+    assert accuracy(learner, pairs) == score
+    assert accuracy(learner, (pairs[0], 1 - labels)) == pytest.approx(1 - score)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert (learner.model is model) == (not encoder_lr)
+    assert same_tensors(learner.model, model) == (not moved)
 
 
 # Tasks
@@ -196,27 +222,52 @@ def test_data_are_of_the_checkpoints_seed_and_the_models_size():
         assert np.array_equal(found.images, load("shapes", split="val", size=8, seed=seed).images)
 
 
-def test_scores_are_printed_with_chance_and_seconds_and_what_lacks_something_is_left_out(capsys):
-    def fixed(model, tokenizer, settings):
-        assert not model.training and not torch.is_grad_enabled()
-        return {"toy R@1": (0.5, 0.25), "toy R@5": (np.float64(0.875), 0.75), "CIDEr-D": (1.5, 0)}
+def test_a_run_with_data_of_its_own_is_scored_on_them():
+    def own(settings, split):
+        return settings["seed"], split
 
-    def lacking(model, tokenizer, settings):
-        raise UserError("there is nothing here; add some")
+    model, _, settings = toy_checkpoint()
+    assert evaluation.load_split(model, {**settings, "load_data": own}, "zeroshot") == (0, "zeroshot")
 
-    tasks = {"lacking": lacking, "fixed": fixed}
-    scores = evaluate(*toy_checkpoint(), tasks)
+
+def fixed(model, tokenizer, settings):
+    assert not model.training and not torch.is_grad_enabled()
+    return {"toy R@1": (0.5, 0.25), "toy R@5": (np.float64(0.875), 0.75), "CIDEr-D": (1.5, 0)}
+
+
+def elsewhere(model, tokenizer, settings):
+    raise DoesNotApply("it is for something else")
+
+
+def broken(model, tokenizer, settings):
+    raise UserError("a.png: no such file")
+
+
+def test_scores_are_printed_with_chance_and_seconds(capsys):
+    model, tokenizer, settings = toy_checkpoint()
+    scores = evaluate(model, tokenizer, {**settings, "val_from_train": 500}, {"fixed": fixed})
     assert json.loads(json.dumps(scores)) == {"toy R@1": {"score": 0.5, "chance": 0.25},
                                               "toy R@5": {"score": 0.875, "chance": 0.75},
                                               "CIDEr-D": {"score": 1.5, "chance": 0.0}}
-    printed = capsys.readouterr()
-    assert printed.err == "note: lacking left out: there is nothing here; add some\n"
-    head, first, second = [line.split() for line in printed.out.splitlines()]
-    assert head == ["shapes", "score", "chance", "seconds"]
-    assert first[:-1] == ["toy", "R@1", "50.00%", "25.00%"] and 0 <= float(first[-1]) < 9
-    assert second == ["CIDEr-D", "1.500", "0.000"]
-    refused("^lacking: there is nothing here; add some$", evaluate, *toy_checkpoint(), tasks,
-            strict=True)
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.startswith("shapes, 500 training images kept apart ")
+    assert head.split()[-3:] == ["score", "chance", "seconds"]
+    assert first.split()[:-1] == ["toy", "R@1", "50.00%", "25.00%"]
+    assert 0 <= float(first.split()[-1]) < 9
+    assert second.split() == ["CIDEr-D", "1.500", "0.000"]
+    evaluate(model, tokenizer, settings, {})
+    assert capsys.readouterr().out.split() == ["shapes", "score", "chance", "seconds"]
+
+
+def test_a_task_that_does_not_apply_is_left_out_and_refused_only_where_it_was_asked_for(capsys):
+    tasks = {"elsewhere": elsewhere, "fixed": fixed}
+    for how, noted in ((dict(), "note: elsewhere left out: it is for something else\n"),
+                       (dict(notes=False), "")):
+        assert len(evaluate(*toy_checkpoint(), tasks, **how)) == 3  # the other one's
+        assert capsys.readouterr().err == noted
+    refused("^elsewhere: it is for something else$", evaluate, *toy_checkpoint(), tasks, strict=True)
+    for strict in (False, True):  # control: what is wrong is never left out
+        refused("^a.png: no such file$", evaluate, *toy_checkpoint(), {"x": broken}, strict=strict)
 
 
 @pytest.mark.parametrize("task, changes, data, message", [
@@ -225,9 +276,20 @@ def test_scores_are_printed_with_chance_and_seconds_and_what_lacks_something_is_
     ("captioning", dict(lambda_cap=0.0), "shapes", "--lambda-cap 0"),
     ("zero-shot", {}, "coco", "coco has no classes"), ("frozen", {}, "captions", "no classes"),
     ("finetuned", {}, "coco", "no classes")])
-def test_a_checkpoint_without_what_a_task_needs_is_one_clear_line(task, changes, data, message):
+def test_a_task_that_a_checkpoint_or_its_data_do_not_fit_does_not_apply(
+        task, changes, data, message):
     model, tokenizer, settings = toy_checkpoint(**changes)
-    refused(message, TASKS[task], model, tokenizer, {**settings, "data": data})
+    with pytest.raises(DoesNotApply, match=message):
+        TASKS[task](model, tokenizer, {**settings, "data": data})
+
+
+def test_images_without_classes_cannot_be_classified(monkeypatch):
+    model, tokenizer, settings = toy_checkpoint()
+    data = Dataset(np.zeros((2, 3, 8, 8), np.uint8), [["a ring"]] * 2)
+    monkeypatch.setattr(evaluation, "load_split", lambda model, s, split: data)
+    for task in ("zero-shot", "frozen", "finetuned"):
+        with pytest.raises(DoesNotApply, match="no classes"):
+            TASKS[task](model, tokenizer, settings)
 
 
 # The command
@@ -272,11 +334,40 @@ def test_data_and_their_folder_are_the_checkpoints_or_those_of_the_flags(command
     trained_on_a = dict(data="cifar10", data_dir="cifar-a")
     for flags, settings, chance in (
             ("", trained_on_a, "75.00%"), ("--data-dir cifar-b", trained_on_a, "50.00%"),
+            ("--data cifar10", trained_on_a, "75.00%"),
             ("--data cifar10 --data-dir cifar-b", {}, "50.00%"),
             ("--data-dir cifar-a", {**trained_on_a, "val_from_train": 1}, "100.00%"),
+            ("--data cifar10", {**trained_on_a, "val_from_train": 1}, "100.00%"),
             ("--data cifar10 --data-dir cifar-a", {"val_from_train": 1}, "75.00%")):
         assert not command("--task", "zero-shot", *flags.split(), settings=settings)
         assert capsys.readouterr().out.splitlines()[1].split()[-2] == chance
+    with pytest.raises(UserError, match="^cifar100 needs --data-dir"):  # cifar-a is of other data
+        command("--data", "cifar100", settings=trained_on_a)
+
+
+@pytest.mark.parametrize("task", ["", "--task zero-shot"])
+def test_data_that_are_gone_or_broken_end_eval_py_with_one_line(task, command, monkeypatch, capsys):
+    command("--task", "nonsense")  # makes the checkpoint
+    Path("broken").mkdir()
+    for file in Path("cifar-a").iterdir():
+        Path("broken", file.name).write_bytes(file.read_bytes())
+    Path("broken/test_batch").write_bytes(file.read_bytes()[:100])
+
+    def run(data, folder):
+        flags = f"--data {data} --data-dir {folder} {task}"
+        monkeypatch.setattr(sys, "argv", ["eval.py", "checkpoint.pt", *flags.split()])
+        runpy.run_path(evaluation.__file__, run_name="__main__")
+
+    for data, folder, message in (
+            ("cifar10", "gone", "error: --data-dir gone: no such folder"),
+            ("cifar10", "broken", "error: broken/test_batch: not a CIFAR file, or damaged"),
+            ("cifar100", "cifar-a", "error: cifar-a/test: no such file")):
+        with pytest.raises(SystemExit) as end:
+            run(data, folder)
+        assert end.value.code.startswith(message) and "\n" not in end.value.code  # so status 1
+    capsys.readouterr()
+    run("cifar10", "cifar-a")  # control
+    assert "zero-shot top-1" in capsys.readouterr().out
 
 
 def test_tasks_and_device_are_those_asked_for(command, monkeypatch):
@@ -295,19 +386,69 @@ def test_tasks_and_device_are_those_asked_for(command, monkeypatch):
     assert command("--task", "nonsense") == 2
 
 
-def test_the_first_device_there_is_is_taken(monkeypatch):
-    for cuda, mps, first in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
-        assert evaluation.pick_device("auto") == first
+def test_the_accelerator_that_can_be_used_is_taken_or_the_cpu(monkeypatch):
+    for found, name in ((torch.device("cuda"), "cuda"), (torch.device("mps"), "mps"), (None, "cpu")):
+        def current(check_available=False, found=found):
+            return found if check_available else torch.device("cuda")
+
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+        assert evaluation.pick_device("auto") == name
+    assert evaluation.pick_device("cpu") == "cpu"
 
 
 def test_json_goes_over_no_file_and_not_nowhere_as_is_said_first(command, monkeypatch, capsys):
     assert not command("--task", "retrieval", "--json", "scores.json")
     before = Path("scores.json").read_text()
+    Path("link.json").symlink_to("nothing")
     monkeypatch.setattr(evaluation, "load_checkpoint", lambda path: pytest.fail("work"))
-    for name, why in (("scores.json", "is there already"), ("none/x.json", "cannot be made")):
+    for name, why in (("scores.json", "is there already"), ("link.json", "is there already"),
+                      ("none/x.json", "cannot be made"), ("scores.json/x.json", "cannot be made")):
         assert command("--json", name) == 2
         assert why in capsys.readouterr().err.splitlines()[-1]
-    refused("scores.json: cannot be written", evaluation.write_new, "scores.json", "{}")
-    assert Path("scores.json").read_text() == before
+    refused("^scores.json is there already and stays as it is", write_new, "scores.json", "{}")
+    refused("^link.json is there already", write_new, "link.json", "{}")
+    assert Path("scores.json").read_text() == before and not Path("nothing").exists()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    write_new(tmp_path / "a.json", "{\udcff}")  # control
+    assert (tmp_path / "a.json").read_text() == "{?}"
+    monkeypatch.setattr(os, "fsync", full)
+    refused("b.json: cannot be written .No space left", write_new, tmp_path / "b.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_that_lacks_something_is_one_line_with_its_name(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    model, tokenizer, settings = toy_checkpoint()
+    save_checkpoint(path, model, tokenizer, settings)
+    whole = torch.load(path, weights_only=True)
+    assert same_tensors(load_checkpoint(path)[0], model)  # control
+    for name in CONTENT:
+        torch.save({entry: whole[entry] for entry in whole if entry != name}, path)
+        refused(f"checkpoint.pt: not a checkpoint of this version .*'{name}'", load_checkpoint, path)
+    for name in ("log_temperature", max(whole["model"], key=len)):
+        tensors = {entry: whole["model"][entry] for entry in whole["model"] if entry != name}
+        torch.save({**whole, "model": tensors}, path)
+        refused(f"checkpoint.pt: not a checkpoint of this version .*{name}", load_checkpoint, path)
+    torch.save({**whole, "format": 2}, path)
+    refused("format 2, and this version reads 3", load_checkpoint, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    refused("checkpoint.pt: not a checkpoint", load_checkpoint, path)
+
+
+def test_the_folder_of_a_run_means_its_checkpoint(tmp_path):
+    model, tokenizer, settings = toy_checkpoint()
+    refused(f"^{tmp_path}/checkpoint.pt: no such checkpoint", load_checkpoint, str(tmp_path))
+    refused("^none: no such checkpoint", load_checkpoint, "none")
+    save_checkpoint(tmp_path / "checkpoint.pt", model, tokenizer, settings)
+    for path in (str(tmp_path), tmp_path / "checkpoint.pt"):
+        loaded, its_tokenizer, checkpoint = load_checkpoint(path)
+        assert same_tensors(loaded, model) and its_tokenizer.words == tokenizer.words
+        assert checkpoint["settings"] == settings

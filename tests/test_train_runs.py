@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import quick
 import torch
-from helpers import fails
+from helpers import fails, refused
 from quick import check_same, check_whole, end_of, run
 
 import eval as evaluation
 import train
 from coca import CoCa
-from data import Dataset, UserError
+from data import Batches, Dataset, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -149,12 +149,14 @@ def test_data_of_ones_own_are_learned_scored_at_the_end_and_needed_to_go_on(tmp_
     monkeypatch.setattr(train, "evaluate", evaluate)
     flags = f"--steps 2 --batch-size 8 --device cpu --out {tmp_path}".split()
     train.main(flags, of_ones_own)
-    assert "20 images of my pictures" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "my pictures: 20 images" in said and "score: python eval.py" not in said
     assert [data.images[0, 0, 0, 0] for data in loaded] == [250, 250]  # red: no generated scenes
-    assert quick.checkpoint_of(tmp_path)["vocabulary"][4:] == ["blue"]
+    kept = quick.checkpoint_of(tmp_path)
+    assert kept["vocabulary"][4:] == ["blue"] and kept["settings"]["data"] == "my pictures"
+    refused("my pictures: not one of", evaluation.main, [str(tmp_path), "--device", "cpu"])
     train.main([*flags, "--resume"], of_ones_own)
-    with pytest.raises(UserError, match="the data are not those"):
-        train.main([*flags, "--resume"])
+    refused("my pictures: not one of", train.main, [*flags, "--resume"])
     with pytest.raises(UserError, match="the data are not those"):  # only evaluated on others
         train.main([*flags, "--resume"], lambda s, split: of_ones_own(s, "train"))
 
@@ -173,7 +175,7 @@ def test_a_run_goes_on_with_the_same_data_only_wherever_they_are(tmp_path, monke
     for row in ("15.png,kater\n", "15.png,Hund\n", "15b.png,hund\n", ""):
         (here / "captions.txt").write_text(text.replace("15.png,hund\n", row))
         message = end_of(cut, f"{command} --resume")
-        assert re.fullmatch("the data are not those .*--init .*checkpoint.pt", message)
+        assert re.fullmatch("the data are not those .*--init", message)
         assert before == (cut / "checkpoint.pt").read_bytes()
     (here / "captions.txt").write_text(text)
     shutil.move(here, tmp_path / "moved")
@@ -205,7 +207,8 @@ def check_saves(patch, out, cost, every):
     saved = [clock[0]]
     patch.setattr(train, "train", steps)
     patch.setattr(train, "validate", validate)
-    run(out, f"--steps 60 --save-every {every}")
+    patch.setattr(train, "SAVE_EVERY", every)
+    run(out, "--steps 60")
     check_whole(out, 60)
     least = max(every, 20 * cost)
     for seconds in work[1:-1]:
@@ -241,7 +244,8 @@ def test_a_full_disk_or_a_stop_leaves_whole_files_to_go_on_from(error, function,
     with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)) as end:
         patch.setattr(os, function, full)
         run(cut, "--resume")
-    assert re.fullmatch("|.* cannot be written .full.; what was saved before is untouched", str(end.value))
+    assert re.fullmatch(f"|.*/{name}: cannot be written .full.; what was there is untouched",
+                        str(end.value))
     assert len(quick.rows_of(cut)) == 3 and len([*cut.iterdir()]) == 2
     assert quick.checkpoint_of(cut)["step"] == (3 if failing == 3 else 5)
     run(cut, "--resume")
@@ -265,7 +269,7 @@ def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(field, message
     real = CoCa.losses
     monkeypatch.setattr(CoCa, "losses", losses)
     quick.slow_steps(monkeypatch)
-    said = f"step {5 if grad else 3}: .*{message}.* smaller --lr .*"
+    said = f"step {5 if grad else 3}: .*{message}.* smaller --lr"
     assert re.fullmatch(said, end_of(tmp_path, "--steps 9"))
     check_whole(tmp_path, 3 if grad else 2)
 
@@ -274,7 +278,7 @@ def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(field, message
 def test_weights_that_explode_in_the_last_step_are_not_saved(checked, tmp_path, monkeypatch):
     if checked:
         said = end_of(tmp_path, "--lr 1e38 --steps 1")
-        assert re.fullmatch("step 1: validation losses .*(nan|inf).* smaller --lr .*", said)
+        assert re.fullmatch("step 1: validation losses .*(nan|inf).* smaller --lr", said)
     else:
         monkeypatch.setattr(math, "isfinite", lambda value: True)
         run(tmp_path, "--lr 1e38 --steps 1")
@@ -291,9 +295,71 @@ def test_of_runs_that_start_at_once_each_has_a_folder_of_its_own(tmp_path, monke
     assert set(folders) == {"runs/shapes", *[f"runs/shapes-{i}" for i in range(2, 9)]}
 
 
-def test_a_run_that_fails_before_its_first_save_may_be_started_again(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="no data"):
-        patch.setattr(train, "load", mock.Mock(side_effect=UserError("no data")))
-        run(tmp_path / "out")
-    run(tmp_path / "out", "--steps 1")
+def test_a_run_that_fails_before_its_first_save_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for error in (UserError("no data"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)):
+            patch.setattr(train, "load", mock.Mock(side_effect=error))
+            run(tmp_path / "out")
+        assert not [*tmp_path.iterdir()]
+    (tmp_path / "out").mkdir()
+    run(tmp_path / "out", "--steps 1")  # an empty folder is free
     check_whole(tmp_path / "out", 1)
+
+
+def test_runs_that_lead_nowhere_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nowhere")
+    refused("runs/shapes: cannot be made", train.new_folder, None, "shapes")
+    refused("runs: no place for a new run", train.check_free, "runs")
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").write_text("a file")
+    refused("runs/shapes: cannot be made", train.new_folder, None, "shapes")
+
+
+def check_both_kept(tmp_path, monkeypatch, out):
+    """While a run trains, another one goes on in its folder: the first saves nothing over it."""
+    def other(number):
+        if number == 3:  # step 2 is saved
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "train", steps)
+                train.main(["--resume", "--out", str(out)])
+            others.append((out / "checkpoint.pt").read_bytes())
+
+    others = []
+    steps = train.train
+    quick.slow_steps(monkeypatch)
+    said = ""
+    with monkeypatch.context() as patch:
+        quick.before_each(patch, torch.optim.AdamW, "step", other)
+        try:
+            run(out, "--steps 4")
+        except UserError as e:
+            said = str(e)
+    assert re.fullmatch(".*/checkpoint.pt is another run's now and stays as it is; what this run did "
+                        "after its last save is lost. .*", said)
+    assert (out / "checkpoint.pt").read_bytes() == others[0]
+    check_whole(out, 4)
+
+
+def test_two_runs_in_one_folder_do_not_write_over_each_other(tmp_path, monkeypatch):
+    check_both_kept(tmp_path, monkeypatch, tmp_path / "out")
+    monkeypatch.setattr(train, "stamp", lambda path: None)
+    with fails:  # control
+        check_both_kept(tmp_path, monkeypatch, tmp_path / "again")
+
+
+def test_a_new_run_saves_nothing_over_another_that_was_faster(tmp_path, monkeypatch):
+    def faster(number):
+        if number == 1:
+            (tmp_path / "checkpoint.pt").write_bytes(b"of another run")
+
+    quick.before_each(monkeypatch, Batches, "__call__", faster)
+    assert "another run's now" in end_of(tmp_path, "--steps 2")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"of another run"
+
+
+def test_the_parts_to_train_have_no_order_on_resume(tmp_path, monkeypatch):
+    run(tmp_path, "--steps 1 --train poolers encoder")
+    run(tmp_path, "--resume --train encoder poolers")
+    assert "started with --train" in end_of(tmp_path, "--resume --train encoder")  # control

@@ -20,12 +20,13 @@ import torch
 from helpers import Bomb, fails, refused
 from quick import SMALL, run
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
 import data as data_file
 import eval as evaluation
 import train
 from coca import CoCa, CoCaConfig
-from data import Batches, Dataset, Tokenizer, load, to_model
+from data import Batches, Dataset, Tokenizer, drawn, load, to_model
 from train import PARTS, PRESETS, large_batch_backward, part_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,10 +64,11 @@ def go(shelf, tmp_path):
     """Trains two steps from the run on the shelf, go.source -> the new checkpoint."""
     def go(command=""):
         go.runs += 1
-        init = shelf / "first" / "checkpoint.pt"
-        return run(tmp_path / f"run{go.runs}", f"--steps 2 --init {init} {command}")
+        go.last = tmp_path / f"run{go.runs}"
+        return run(go.last, f"--steps 2 --init {go.init} {command}")
 
     go.runs = 0
+    go.init = str(shelf / "first" / "checkpoint.pt")
     go.source = quick.checkpoint_of(shelf / "first")
     return go
 
@@ -107,10 +109,10 @@ def test_what_changes_no_result_may_change_on_resume(tmp_path, monkeypatch):
     run(tmp_path, "--steps 1 --accum 2 --grad-checkpoint --compile")
     assert recompute.call_count == 1 and compile.call_count == 3
     kept = f"--resume --out {tmp_path}"
-    check_settings(kept, accum=2, grad_checkpoint=True, compile=True, save_every=30, data_dir=None)
-    other = "--accum 1 --no-grad-checkpoint --no-compile --save-every 7 --data-dir /d"
-    check_settings(f"{kept} {other} --steps 1", accum=1, grad_checkpoint=False, compile=False,
-                   save_every=7, data_dir="/d")
+    check_settings(kept, accum=2, grad_checkpoint=True, compile=True, data_dir=None)
+    other = "--accum 1 --no-grad-checkpoint --no-compile"
+    check_settings(f"{kept} {other} --steps 1 --data-dir /d", accum=1, grad_checkpoint=False,
+                   compile=False, data_dir="/d")
     run(tmp_path, f"--resume {other}")
     assert recompute.call_count == 1 and compile.call_count == 3
 
@@ -142,7 +144,7 @@ def test_help_has_the_defaults_that_apply_and_reads_no_file(command, rate, monke
 @pytest.mark.parametrize("wrong", [
     "--steps 0", "--steps many", "--batch-size 1", "--lr nan", "--lr -1", "--lr inf", "--accum 0",
     "--step 3", "--data mnist", "--subset -5", "--seed -1", "--seed 4294967296", "--n-uni 0",
-    "--n-multi 0", "--save-every 0", "--encoder-layers -1", "--n-query -1", "--image-size 30",
+    "--n-multi 0", "--encoder-layers -1", "--n-query -1", "--image-size 30",
     "--lambda-con 0 --lambda-cap 0", "--lambda-cap -1", "--train nothing", "--pooler both",
     "--resume", "--fresh encoder", "--config tiny --init first/checkpoint.pt"])
 def test_wrong_flags_are_refused_before_anything_loads(wrong, monkeypatch, capsys):
@@ -167,7 +169,10 @@ REFUSED = [
     (f"--out new {FIRST} --encoder-layers 2", "encoder.blocks.* does not fit.*--fresh encoder"),
     (f"--out new {FIRST} --encoder-layers 0", "encoder.blocks.* does not fit.*--fresh encoder"),
     ("--out new --resume", "no such checkpoint"),
-    ("--out old --resume", "its format is 1"),
+    ("--out old --resume", "not a checkpoint of this version .*format"),
+    ("--out new --lr 0", "no weight would move"), ("--out new --data-dir .", "scenes are generated"),
+    ("--out new --train poolers --n-query 0 --lambda-con 0", "no weight would move"),
+    ("--out new --data cifar10", "cifar10 needs --data-dir"),
     ("--out table", "^table: no place for a new run .*another --out, or --resume"),
     ("--out table/metrics.csv", "no place for a new run"),
     ("--out notes", "no place for a new run"),
@@ -183,7 +188,7 @@ for flag in ("--lr 1", "--steps 8", "--seed 1", "--batch-size 4", "--subset 3", 
              "--n-multi 2", "--encoder-layers 2", "--image-size 64"):
     name = flag.split()[0]
     REFUSED.append((f"--out first --resume {flag}",
-                    f"made with {name} .*; leave {name} out, or start anew from it: {FIRST}"))
+                    f"started with {name} .*; leave {name} out, or start anew from it: --init"))
 
 
 @pytest.mark.parametrize("command, message", REFUSED)
@@ -198,7 +203,6 @@ def test_what_cannot_be_done_is_one_line_and_changes_no_file(command, message, s
         monkeypatch.setattr(train, "load", lambda *args, **how: pytest.fail("too late"))
     before = files()
     refused(message, train.main, command.split())
-    (shelf / "new").is_dir() and (shelf / "new").rmdir()  # empty
     assert files() == before
 
 
@@ -209,12 +213,13 @@ def end_of_program(monkeypatch, command):
     return end.value.code
 
 
-def test_what_ends_the_programs_is_one_line_without_traceback(tmp_path, monkeypatch):
+def test_what_ends_the_programs_is_one_line_without_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in ("train.py --data cifar10", "eval.py nowhere.pt"):
         assert re.fullmatch("error: .+", end_of_program(monkeypatch, command))
     monkeypatch.setattr(data_file, "shapes", mock.Mock(side_effect=KeyboardInterrupt))
-    assert end_of_program(monkeypatch, "train.py") == "\nstopped"
+    assert end_of_program(monkeypatch, "train.py") == 130
+    assert capsys.readouterr().err == "\nstopped\n" and not [*tmp_path.iterdir()]
 
 
 def test_every_command_of_the_readme_and_the_docstrings_parses(tmp_path, monkeypatch):
@@ -251,10 +256,9 @@ def test_the_seed_is_that_of_scenes_weights_and_the_order_of_batches(go, tmp_pat
     found = []
     for i, seed in enumerate((7, 7, 8)):
         data, val = data_of(f"--subset 20 --seed {seed}")
-        new = run(tmp_path / f"new{i}", f"{own} --lr 0 --steps 1 --seed {seed}")
-        losses = go(f"{own} --lr 0 --seed {seed}")["metrics"][:, 2]  # of the same weights
-        found.append([torch.tensor(data.images), torch.tensor(val.images),
-                      new["model"]["unimodal.cls"], losses])
+        new, _ = train.new_model(settings(f"--subset 20 --seed {seed}"), data)
+        losses = go(f"{own} --lr 1e-30 --seed {seed}")["metrics"][:, 2]  # of the same weights
+        found.append([torch.tensor(data.images), torch.tensor(val.images), new.unimodal.cls, losses])
     for one, again, other in zip(*found):
         assert torch.equal(one, again) and not torch.equal(one, other)
 
@@ -287,8 +291,32 @@ def test_frozen_parts_do_not_move_by_one_bit_and_fresh_parts_start_anew(go):
     for learned in ("encoder", "poolers", "decoder encoder"):
         assert moved(go.source, go(f"--train {learned}")) == {*learned.split(), None}  # temperature
     assert moved(go.source, go()) == {*PARTS, None}  # control
-    assert moved(go.source, go("--fresh poolers encoder --lr 0")) == {"poolers", "encoder"}
-    assert moved(go.source, go("--lr 0")) == set()  # control
+    for fresh in ("", "poolers encoder"):
+        s, source = train.parse_args(["--init", go.init, *["--fresh", *fresh.split()] * bool(fresh)])
+        model, _ = train.new_model(s, load("shapes", subset=8), source)
+        assert moved(go.source, {"model": model.state_dict()}) == set(fresh.split())
+
+
+def alike(a, b):
+    """Cosine of two tensors: near 0 if both are random, 1 if they start the same."""
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+
+
+def test_fresh_parts_are_not_those_that_the_old_ones_grew_up_beside(go, monkeypatch):
+    def fresh_query(seed, init=None):
+        s, source = train.parse_args(["--init", init or go.init, "--fresh", "poolers", "--seed", seed])
+        model, _ = train.new_model(s, load("shapes", subset=8), source)
+        return model.generative_pooler.query
+
+    old = go.source["model"]["generative_pooler.query"]  # after two steps from seed 3
+    assert alike(fresh_query("3"), old) < 0.5
+    assert torch.equal(fresh_query("3"), fresh_query("3"))
+    others = [fresh_query("4"), fresh_query("3", go("--seed 3") and f"{go.last}/checkpoint.pt")]
+    for other in others:  # of another seed, and beside other weights
+        assert alike(fresh_query("3"), other) < 0.5
+    monkeypatch.setattr(train, "fresh_seed", lambda seed, model: seed)
+    with fails:  # control: the seed alone
+        assert alike(fresh_query("3"), old) < 0.5
 
 
 def test_a_second_phase_interpolates_positions(go):
@@ -304,7 +332,7 @@ def test_a_second_phase_interpolates_positions(go):
 def test_a_fresh_decoder_learns_new_words_and_an_old_one_says_what_it_lacks(go, tmp_path, capsys):
     own = quick.own_images(tmp_path / "own")
     assert go(own)["vocabulary"] == go.source["vocabulary"]
-    assert "100% of the captions' words are unknown" in capsys.readouterr().err
+    assert "100.0% of the captions' words are unknown" in capsys.readouterr().err
     assert sorted(go(f"{own} --fresh decoder")["vocabulary"][4:]) == ["ein", "hund", "roter"]
     assert "unknown" not in capsys.readouterr().err
 
@@ -527,14 +555,14 @@ def test_metrics_are_those_of_the_step_and_validated_is_what_is_saved(tmp_path, 
     run(tmp_path, "--steps 5 --lambda-con 0.5 --lambda-cap 3")
     rows = quick.rows_of(tmp_path)
     for i, row in enumerate(rows):
-        row = {name: float(value) for name, value in row.items() if value}
+        row = {name: float(value) for name, value in row.items()}
         assert [row["lr"], row["temperature"]] == pytest.approx(used[i], rel=1e-6)
         assert row["images"] == 8 * (i + 1)
         assert row["loss"] == pytest.approx(0.5 * row["loss_con"] + 3 * row["loss_cap"], rel=1e-6)
-    assert [row["step"] for row in rows if row["val_con"]] == ["2", "4", "5"]
+    assert [row["step"] for row in rows if row["val_con"] != "nan"] == ["2", "4", "5"]
 
 
-def check_validation(count, batch, batches):
+def check_validation(count, batch, batches, rows=None):
     """The mean of the model's losses over whole batches, each image with its first caption."""
     images = np.random.default_rng(0).integers(0, 255, (count, 3, 8, 8), np.uint8)
     val = Dataset(images, [[f"{'x' * (i % 7)} y", "z"] for i in range(count)])
@@ -542,20 +570,26 @@ def check_validation(count, batch, batches):
     torch.manual_seed(0)
     model = CoCa(replace(SMALL, image_size=8, patch_size=8, vocab_size=len(tokenizer)))
     expected = torch.zeros(2)
+    rows = np.arange(count) if rows is None else rows
     for i in range(0, batch * batches, batch):
-        tokens = tokenizer.encode([captions[0] for captions in val.captions[i:i + batch]], 32)
-        losses = model.losses(to_model(torch.tensor(images[i:i + batch])), tokens)
+        own = rows[i:i + batch]
+        tokens = tokenizer.encode([val.captions[j][0] for j in own], 32)
+        losses = model.losses(to_model(torch.tensor(images[own])), tokens)
         expected += torch.stack(losses[1:]).detach() / batches
     s = SimpleNamespace(batch_size=batch, text_len=32, device="cpu")
     torch.testing.assert_close(torch.tensor(train.validate(s, model, tokenizer, val)), expected)
 
 
-def test_validation_losses_are_a_mean_over_whole_batches_of_at_most_500_images():
+def test_validation_losses_are_a_mean_over_whole_batches_of_at_most_500_drawn_images():
     check_validation(13, 4, 3)
-    check_validation(600, 120, 4)
-    check_validation(600, 500, 1)
+    check_validation(500, 120, 4)  # all, in their order
+    some = drawn(600, 500)
+    check_validation(600, 120, 4, some)
+    check_validation(600, 500, 1, some)
     with fails:  # control: one batch too few
-        check_validation(600, 120, 3)
+        check_validation(600, 120, 3, some)
+    with fails:  # control: the first by name
+        check_validation(600, 500, 1)
     bfloat16 = torch.autocast("cpu", torch.bfloat16)
     with fails, mock.patch.object(train, "half_precision", lambda device: bfloat16):
         check_validation(13, 4, 3)  # it is as training is
@@ -566,23 +600,20 @@ def test_validation_losses_are_a_mean_over_whole_batches_of_at_most_500_images()
 
 @pytest.mark.parametrize("rank, order", [
     (0, ["load", "load", "barrier"]), (1, ["barrier", "load", "load"])])
-def test_the_first_process_reads_the_data_before_the_others_and_alone_fetches_them(rank, order,
-                                                                                  monkeypatch):
+def test_the_first_process_reads_the_data_before_the_others(rank, order, monkeypatch):
     def load_data(s, split):
         done.append("load")
-        fetched.append(s["download"])
         return load("shapes", subset=8)
 
     done = []
-    fetched = []
-    s = settings("--data cifar10 --data-dir . --download")
+    s = settings("--data cifar10 --data-dir .")
     monkeypatch.setattr(train, "parse_args", lambda argv: (s, None))
     monkeypatch.setattr(train, "join_processes", lambda s: (rank, 2))
     monkeypatch.setattr(train.dist, "barrier", lambda: done.append("barrier"))
     monkeypatch.setattr(train, "check_data", mock.Mock(side_effect=ZeroDivisionError))  # far enough
     with pytest.raises(ZeroDivisionError):
         train.main([], load_data)
-    assert done == order and fetched == [rank == 0] * 2 and not s.download
+    assert done == order
 
 
 def test_two_processes_train_as_one_does(tmp_path):
@@ -665,14 +696,54 @@ def test_losses_to_expect_are_those_of_a_new_model_that_are_trained(command, con
                                                                    capsys):
     run(tmp_path / "new", f"--steps 1 {command}")
     said = capsys.readouterr().out
-    size = int(re.search(r"32 images of generated scenes, (\d+) tokens", said)[1])
-    assert ("contrastive loss of about 2 ln 8 = 4.16" in said) == con
-    assert (f"captioning loss of about ln {size} + 1/2 = {math.log(size) + 0.5:.2f}" in said) == cap
+    size = int(re.search(r"generated scenes: 32 images, (\d+) tokens", said)[1])
+    assert ("contrastive loss of 2 ln 8 = 4.16" in said) == con
+    assert (f"captioning loss of ln {size} + 1/2 = {math.log(size) + 0.5:.2f}" in said) == cap
     assert said.count("at step 0 expect") == con + cap
-    assert ("next:  python eval.py" in said) == cap
     run(tmp_path / "new", "--resume")
     run(tmp_path / "next", f"--steps 1 --init {tmp_path}/new/checkpoint.pt")
     assert "at step 0 expect" not in capsys.readouterr().out
+
+
+def test_settings_that_are_unusual_for_the_data_are_told_and_no_others(tmp_path, capsys):
+    run(tmp_path, "--steps 1 --pooler parallel")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert told == ["  subset 32, not 0", "  steps 1, not 624", "  batch_size 8, not 96",
+                    "  pooler parallel, not cascade"]
+
+
+def test_what_was_saved_and_what_scores_it_is_said_before_the_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: print("SCORES"))
+    for i, (own, next_step) in enumerate([
+            ("", "-m experiments.report {out} report.html"),
+            (quick.own_images(tmp_path / "own"), "eval.py {out} --image YOUR.jpg")]):
+        out = tmp_path / str(i)
+        run(out, f"--steps 1 {own}")
+        end = capsys.readouterr().out.splitlines()[-4:]
+        assert end == [f"saved: checkpoint.pt and metrics.csv in {out}", f"score: python eval.py {out}",
+                       "SCORES", f"next:  python {next_step.format(out=out)}"]
+
+
+def test_the_rate_of_a_model_that_goes_on_from_another_is_noted_unless_it_is_given(go, capsys):
+    for command, noted in (("", True), ("--lr 1e-4", False)):
+        go(command)
+        assert ("--lr is 0.0015, as for a new model" in capsys.readouterr().err) == noted
+
+
+def test_the_bar_fits_80_columns(tmp_path, monkeypatch):
+    def meter(*args, **how):
+        lines.append(tqdm.format_meter(**{**bar[0].format_dict, "ncols": 80, "elapsed": 7261}))
+        return lines[-1]
+
+    lines = []
+    bar = []
+    real = train.tqdm
+    monkeypatch.setattr(train, "tqdm", lambda **how: bar.append(real(**how)) or bar[0])
+    monkeypatch.setattr(train, "evaluate", meter)
+    quick.slow_steps(monkeypatch)
+    run(tmp_path, "--steps 3")
+    assert len(lines[0]) <= 80 and "con " in lines[0] and re.search(r" val \S+ \S+\]$", lines[0])
+    assert lines[0].count("█") >= 5
 
 
 def test_train_then_eval_end_to_end(tmp_path, monkeypatch, capsys):
