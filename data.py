@@ -75,6 +75,8 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, val_from
     many training images are kept apart and take the place of the evaluation images (but not of
     scenes' "zeroshot" and "labelled-val").
     """
+    if name == "shapes" and data_dir:
+        raise UserError("--data-dir is for files, but scenes are generated; name the --data, too")
     if name == "shapes" and not (val_from_train and split in ("train", "val")):
         return shapes(split, size, seed, subset)
     if name not in NAMES:
@@ -397,7 +399,7 @@ TEMPLATES = [  # 8 of CLIP's 18 for CIFAR
 # ------------------------------------------------------------------------------------------------
 # Plumbing: nothing about CoCa below
 
-# Programs: what they say, and how they end
+# Programs: what they say, how they end, and files
 
 
 class UserError(Exception):
@@ -429,9 +431,6 @@ def first_process():
 def note(text):
     if first_process():
         tqdm.write(f"note: {text}", file=sys.stderr)  # above a progress bar, not into it
-
-
-# Files
 
 
 @contextlib.contextmanager

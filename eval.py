@@ -79,14 +79,15 @@ def embed_texts(model, tokenizer, texts, batch=1024):
 # checkpoint or its data have not what it asks for.
 
 
+def load_data(s, split):
+    """The data of a run's settings s (a dict) -> Dataset of the split, one of data.load's."""
+    return load(s["data"], s["data_dir"], split, size=s["image_size"], subset=s.get("subset", 0),
+                seed=s["seed"], val_from_train=s.get("val_from_train", 0))
+
+
 def load_split(model, s, split):
-    """The data of settings s (data, data_dir, seed, val_from_train) at the model's size. A run with
-    a load_data of its own (train.main) has it in s.
-    """
-    if "load_data" in s:
-        return s["load_data"](s, split)
-    return load(s["data"], s["data_dir"], split, model.config.image_size, 0, s["seed"],
-                val_from_train=s.get("val_from_train", 0))
+    """The same at the model's size, by the load_data in s, where a run has one of its own."""
+    return s.get("load_data", load_data)({**s, "image_size": model.config.image_size}, split)
 
 
 def load_classes(model, s, split="zeroshot"):
@@ -415,13 +416,12 @@ class Classifier(nn.Module):
 
 @dataclass
 class Recipe:
-    """How a task is learned: Tables 9 and 10 as far as they go.
+    """How a task is learned: hyperparameters from Tables 9 and 10 where they apply.
 
-    Theirs are 10,000 to 200,000 steps, batches of 64 to 512 and, for some tasks, RandAugment; ours
-    are few and small, without. Where the paper disagrees with itself (finetuning at 5e-4 in Table
-    9, at 1e-4 in its text) Table 9 is followed. "Encoder" in Table 10 seems to mean all that is
-    pretrained. We take it for the encoder alone; decoder and poolers, where a task reads them,
-    learn at lr, our choice.
+    Theirs are 50,000 to 200,000 steps, batches of 64 to 512 and, for some tasks, RandAugment. Where
+    the paper disagrees with itself (finetuning at 5e-4 in Table 9, at 1e-4 in its text) Table 9 is
+    followed. "Encoder" in Table 10 seems to mean all that is pretrained. We take it for the encoder
+    alone; decoder and poolers, where a task reads them, learn at lr, our choice.
     """
 
     lr: float = 5e-4  # of the classifier and, where they learn, of poolers and decoder
@@ -672,9 +672,9 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_checkpoint(args.checkpoint)
     model.to(pick_device(args.device))
     if args.image:
-        scores = caption_files(args.image, model, tokenizer)
         if checkpoint["settings"]["data"] == "shapes":
             note("this model has learned from generated scenes only: it can name nothing else")
+        scores = caption_files(args.image, model, tokenizer)
     else:
         tasks = DEFAULT_TASKS
         if args.task:

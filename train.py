@@ -41,13 +41,12 @@ from data import (
     Tokenizer,
     UserError,
     drawn,
-    load,
     note,
     replacing,
     run_program,
     to_model,
 )
-from eval import BLOCK, FORMAT, evaluate, load_checkpoint, pick_device
+from eval import BLOCK, FORMAT, evaluate, load_checkpoint, load_data, pick_device
 
 # ------------------------------------------------------------------------------------------------
 # The loop
@@ -387,17 +386,8 @@ def parse_args(argv=None):
 # A run: what it is made of, and what it leaves behind
 
 
-def load_data(s, split):
-    """The data of settings s (a dict) -> Dataset of the split "train", "val" or, for the scores,
-    those of data.load. For data of your own give main another function like this.
-    """
-    if s["data"] == "shapes" and s["data_dir"]:
-        raise UserError("--data-dir is for files, but scenes are generated; name the --data, too")
-    return load(s["data"], s["data_dir"], split, size=s["image_size"], subset=s["subset"],
-                seed=s["seed"], val_from_train=s["val_from_train"])
-
-
 def main(argv=None, load_data=load_data):
+    """load_data: for data of your own, a function like eval.load_data."""
     s, source = parse_args(argv)
     unused = s.train == ["poolers"] and not s.lambda_con and not s.n_query
     if not s.lr or unused:
@@ -616,8 +606,6 @@ def describe(s, model, batches):
         expected = math.log(s.vocab_size) + 0.5
         print(f"at step 0 expect a captioning loss of ln {s.vocab_size} + 1/2 = {expected:.2f}")
 
-
-# Files
 
 METRICS = ["step", "images", "loss_con", "loss_cap", "loss", "lr", "temperature", "seconds",
            "val_con", "val_cap"]

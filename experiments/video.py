@@ -25,10 +25,12 @@ from data import (
     RADII,
     SHAPES,
     Dataset,
+    DoesNotApply,
     UserError,
     captions_of,
     draw,
     held_out,
+    one_error,
     read_image,
     resize,
     scene,
@@ -94,7 +96,7 @@ def sample_frames(count, frames):
 def need_scene_words(tokenizer):
     needed = {*COLOURS, *SHAPES, *RADII, *words(" ".join(CORNERS))}
     if not needed <= set(tokenizer.words):
-        raise UserError("the checkpoint lacks words of generated scenes; train on --data shapes")
+        raise DoesNotApply("the checkpoint lacks words of generated scenes; train on --data shapes")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,13 +123,11 @@ def read_clip(path, size, frames):
     if path.suffix != ".npy":
         raise UserError(f"{path}: a clip is a folder of frames or a .npy array; "
                         "take a video apart first, for example with ffmpeg")
-    try:
+    with one_error(path):
         clip = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path}: not a readable array ({e}); save it with numpy.save") from None
-    if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not clip.size:
-        raise UserError(f"{path}: {clip.dtype} of shape {clip.shape}; a clip is uint8 "
-                        "(count, height, width, 3)")
+        if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not clip.size:
+            raise ValueError(f"{clip.dtype} of shape {clip.shape}; a clip is uint8 (count, height, "
+                             "width, 3), as numpy.save writes it")
     images = clip[sample_frames(len(clip), frames)].transpose(0, 3, 1, 2)  # (frames, 3, H, W)
     return resize(middle_square(images), size)
 

@@ -11,6 +11,7 @@ import torch
 from helpers import processes
 from PIL import Image
 
+import eval as evaluation
 import train
 from coca import CONFIGS, CoCaConfig
 from data import Batches, UserError, load, shapes
@@ -28,7 +29,7 @@ def make_small(patch):
         return load(name, data_dir, split, size, seed=seed, **how)
 
     patch.setitem(CONFIGS, "tiny", SMALL)
-    patch.setattr(train, "load", few)
+    patch.setattr(evaluation, "load", few)
     patch.setattr(train, "evaluate", lambda *args, **how: None)
 
 

@@ -1,8 +1,6 @@
 """CIFAR's files: what is read of a pickle, what is refused without running it."""
 import copyreg
 import faulthandler
-import functools
-import hashlib
 import io
 import pickle
 import random
@@ -10,7 +8,6 @@ import resource
 import signal
 import struct
 import sys
-import tarfile
 import tracemalloc
 from unittest import mock
 

@@ -299,7 +299,7 @@ def test_a_run_that_fails_before_its_first_save_leaves_no_folder(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for error in (UserError("no data"), KeyboardInterrupt()):
         with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)):
-            patch.setattr(train, "load", mock.Mock(side_effect=error))
+            patch.setattr(evaluation, "load", mock.Mock(side_effect=error))
             run(tmp_path / "out")
         assert not [*tmp_path.iterdir()]
     (tmp_path / "out").mkdir()

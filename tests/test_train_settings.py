@@ -148,7 +148,7 @@ def test_help_has_the_defaults_that_apply_and_reads_no_file(command, rate, monke
     "--lambda-con 0 --lambda-cap 0", "--lambda-cap -1", "--train nothing", "--pooler both",
     "--resume", "--fresh encoder", "--config tiny --init first/checkpoint.pt"])
 def test_wrong_flags_are_refused_before_anything_loads(wrong, monkeypatch, capsys):
-    for name in ("load", "load_checkpoint"):
+    for name in ("load_data", "load_checkpoint"):
         monkeypatch.setattr(train, name, lambda *args, **how: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match="2"):
         train.main(wrong.split())
@@ -200,7 +200,7 @@ def test_what_cannot_be_done_is_one_line_and_changes_no_file(command, message, s
     if "--out new" in command:
         command = f"--steps 2 --subset 32 --batch-size 8 {command}"
     else:  # the folder is tried before the data are read
-        monkeypatch.setattr(train, "load", lambda *args, **how: pytest.fail("too late"))
+        monkeypatch.setattr(evaluation, "load", lambda *args, **how: pytest.fail("too late"))
     before = files()
     refused(message, train.main, command.split())
     assert files() == before
@@ -254,7 +254,7 @@ def data_of(command):
 def test_the_seed_is_that_of_scenes_weights_and_the_order_of_batches(go, tmp_path):
     own = quick.own_images(tmp_path / "own")  # the same for every seed
     found = []
-    for i, seed in enumerate((7, 7, 8)):
+    for seed in (7, 7, 8):
         data, val = data_of(f"--subset 20 --seed {seed}")
         new, _ = train.new_model(settings(f"--subset 20 --seed {seed}"), data)
         losses = go(f"{own} --lr 1e-30 --seed {seed}")["metrics"][:, 2]  # of the same weights

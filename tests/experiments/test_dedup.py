@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_pictures import write_captions
 
+import eval as evaluation
 import train
 from data import Dataset, load, pillow, resize, select, shapes
 from experiments import dedup
@@ -98,7 +99,7 @@ def test_training_leaves_duplicates_out_and_goes_on_without_them_only(tmp_path, 
         return data
 
     quick.make_small(monkeypatch)
-    monkeypatch.setattr(train, "load", planted)
+    monkeypatch.setattr(evaluation, "load", planted)
     train_flags = ["--steps", "1", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)]
     dedup.main(["train", *train_flags])
     with mock.patch.object(train, "check_data", lambda s, data, val: sizes.append(len(data))):
@@ -115,7 +116,7 @@ def test_training_counts_mirror_images_where_it_shows_them(augment, monkeypatch)
         images = pictures(0, 5)[:4] if split == "val" else pictures(0, 5)[..., ::-1].copy()
         return Dataset(images, [["a"]] * len(images), augment=augment)
 
-    monkeypatch.setattr(train, "load", mirrored)
+    monkeypatch.setattr(evaluation, "load", mirrored)
     s, _ = train.parse_args([])
     assert (len(dedup.load_data(vars(s), "train")) < 5) == augment
     assert len(dedup.load_data(vars(s), "val")) == 4
