@@ -50,6 +50,7 @@ Dimension letters
     E embedding (= D)   H heads   d = D / H   V vocabulary   N pairs to compare   T targets, of
     all captions of a batch   S pixels a side
 """
+import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -619,4 +620,5 @@ def tour():
 
 
 if __name__ == "__main__":
-    tour()
+    with contextlib.suppress(BrokenPipeError):  # somebody reads no further, as head does
+        tour()

@@ -107,8 +107,7 @@ def pick(count, split, subset, val_from_train):
     """Which of `count` images a split has, the same every time, in order."""
     rows = np.arange(count)
     if val_from_train >= count:
-        raise UserError(f"{val_from_train} training images cannot be kept apart, there are only "
-                        f"{count}")
+        raise UserError(f"{val_from_train} of {count} training images cannot be kept apart")
     if val_from_train:
         order = np.random.default_rng(1).permutation(count)
         rows = np.sort(order[:val_from_train])
@@ -416,6 +415,9 @@ def run_program(main):
         stream.reconfigure(errors="backslashreplace")  # for what the terminal cannot show
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # somebody reads no further, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as e:
         sys.exit(f"error: {e}" if first_process() else 1)
     except KeyboardInterrupt:
@@ -444,8 +446,7 @@ def replacing(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); what was there is untouched") \
-            from None
+        raise UserError(f"{path}: cannot be written ({e.strerror}); it is as before") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -796,9 +797,8 @@ def table_rows(table):
 
 def held_out(paths):
     """About one picture in ten for evaluation, at least one, by a hash of its path below the folder
-    that all share. So moving that folder changes no split, and a new file moves no old one.
-
-    (If no hash was small enough, one was chosen all the same; a new file may replace it.)
+    that all share. So moving that folder changes no split, and a new file moves no old one (but the
+    one that is chosen where no hash is small enough).
     """
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     digest = {}

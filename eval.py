@@ -99,8 +99,7 @@ def load_classes(model, s, split="zeroshot"):
 
 def need_embeddings(model):
     if not model.config.lambda_con:
-        raise DoesNotApply("the checkpoint was trained with --lambda-con 0, its embeddings mean "
-                           "nothing")
+        raise DoesNotApply("trained with --lambda-con 0, its embeddings mean nothing")
 
 
 def constant_answer(labels):
@@ -352,8 +351,7 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
     each scored on another image, half of the set further on (neighbours are often of one series).
     """
     if not model.config.lambda_cap:
-        raise DoesNotApply("the checkpoint was trained with --lambda-cap 0, its decoder never "
-                           "learned to write")
+        raise DoesNotApply("trained with --lambda-cap 0, its decoder never learned to write")
     val = load_split(model, s, "val")
     rows = drawn(len(val), most)
     if len(rows) < len(val):
@@ -676,9 +674,7 @@ def main(argv=None):
             note("this model has learned from generated scenes only: it can name nothing else")
         scores = caption_files(args.image, model, tokenizer)
     else:
-        tasks = DEFAULT_TASKS
-        if args.task:
-            tasks = TASKS
+        tasks = TASKS if args.task else DEFAULT_TASKS
         scores = evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint)
     if args.json:
         write_new(args.json, json.dumps(scores, indent=1))
@@ -687,8 +683,7 @@ def main(argv=None):
 # Loading, and devices
 
 FORMAT = 3  # of a checkpoint; goes up when older ones can no longer be read
-CONTENT = ["format", "config", "vocabulary", "settings", "model", "optimizer", "step", "metrics",
-           "metrics_names"]
+CONTENT = "format config vocabulary settings model optimizer step metrics metrics_names".split()
 
 
 def load_checkpoint(path):
@@ -731,13 +726,10 @@ def pick_device(name):
 
 
 def new_file(path):
-    """For argparse: a path where nothing is yet, in a folder that is there. So it is known before
-    the work.
-    """
-    if os.path.lexists(path):
-        raise argparse.ArgumentTypeError(f"{path} is there already; give another name")
-    if not os.access(f"{os.path.dirname(path) or '.'}/.", os.W_OK):  # "/.": no file has that
-        raise argparse.ArgumentTypeError(f"{path} cannot be made; give another name")
+    """For argparse: a path where a new file can be made. So it is known before the work."""
+    folder = os.path.join(os.path.dirname(path) or ".", ".")  # "/.": no file has that
+    if os.path.lexists(path) or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} is there already or cannot be made; give another")
     return path
 
 

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -100,7 +101,9 @@ def make_optimizer(model):
 def learning_rate(step, peak, steps):
     """Linear warm-up over the first 2 % of the steps, then linear decay (to 0: not stated)."""
     warm_up = max(1, round(0.02 * steps))
-    return peak * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    rising = (step + 1) / warm_up
+    falling = (steps - step) / max(1, steps - warm_up)
+    return peak * min(rising, falling)
 
 
 def half_precision(device):
@@ -154,7 +157,7 @@ def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
     x.requires_grad_()
     y.requires_grad_()
     con = torch.zeros((), device=x.device)
-    own = torch.arange(rank * n, rank * n + n, device=x.device)
+    own = torch.arange(n, device=x.device) + rank * n
     for rows in own.split(max(1, BLOCK // N)):
         share = contrastive_loss(x, y, model.temperature, ids, rows) * len(rows) / N
         (config.lambda_con * share).backward()
@@ -237,8 +240,7 @@ def new_model(s, data, source=None):
 
 
 def fresh_seed(seed, model):
-    """A seed for new parts beside old ones. (With the old ones' seed they would start with the very
-    values that the old ones grew up beside, and be no strangers to them.)
+    """A seed for new parts. (From the source's own seed they would be what its parts grew up with.)
     """
     digest = hashlib.sha256(str(seed).encode())
     for weight in model.state_dict().values():
@@ -251,7 +253,8 @@ def resize_positions(position, wanted):
     side = math.isqrt(len(position))
     grid = math.isqrt(len(wanted))
     square = position.T.unflatten(1, (side, side))                      # (D, side, side)
-    return F.interpolate(square[None], size=(grid, grid), mode="bicubic").flatten(2)[0].T
+    finer = F.interpolate(square[None], size=(grid, grid), mode="bicubic")  # (1, D, grid, grid)
+    return finer[0].flatten(1).T                                        # (P', D)
 
 
 @torch.no_grad()
@@ -361,7 +364,8 @@ def parse_args(argv=None):
     if given.config:
         p.set_defaults(**asdict(CONFIGS[given.config]))
     if given.help:
-        p.print_help()
+        nothing = r"\s+\(default:\s+(None|False|\[\])\)"
+        print(re.sub(nothing, "", p.format_help()))
         sys.exit()
     check_flags(p, given)
     source = None
@@ -413,8 +417,7 @@ def main(argv=None, load_data=load_data):
     if s.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         rows = checkpoint["metrics"].tolist()
-    n = s.batch_size // world
-    own = slice(rank * n, rank * n + n)  # of each batch, this process's share
+    own = slice(rank, None, world)  # of each batch, this process's share
     batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed, own, s.device)
     if rank == 0:
         if not s.resume:
@@ -445,7 +448,7 @@ def command_to_go_on(s, world):
     typed = [*sys.orig_argv]
     if world > 1:  # torchrun started python -u ...
         typed[:2] = ["torchrun", f"--nproc_per_node={world}"]
-    if "--out" not in [word.split("=")[0] for word in typed]:
+    if "--out" not in " ".join(typed):
         typed += ["--out", s.out]
     if not s.resume:
         typed += ["--resume"]
@@ -547,8 +550,7 @@ def join_processes(s):
     """-> rank, number of processes (torchrun sets both); s.device becomes that of this one."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    n = s.batch_size // world
-    if n * world != s.batch_size or n < s.accum:
+    if s.batch_size % world or s.batch_size // world < s.accum:
         raise UserError(f"--batch-size {s.batch_size} cannot be cut into {world} equal shares of "
                         f"--accum {s.accum} parts")
     s.device = pick_device(s.device)
@@ -569,10 +571,10 @@ def join_processes(s):
 def check_data(s, data, val):
     """UserError if a resumed run learned from other data, or was validated on others."""
     text = json.dumps([[part.names, part.captions] for part in (data, val)])
-    found = f"{len(data)} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    found = hashlib.sha256(text.encode()).hexdigest()
     if s.fingerprint not in (None, found):
-        raise UserError("the data are not those of the run so far (other images, names or captions); "
-                        "put them back, or start anew from it: --init")
+        raise UserError("the data are not those of the run so far (other images, names or "
+                        "captions); put them back, or start anew from it: --init")
     s.fingerprint = found
 
 

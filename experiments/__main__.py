@@ -8,6 +8,7 @@
 import argparse
 import functools
 import json
+import sys
 
 import eval as evaluation
 from data import run_program
@@ -42,7 +43,14 @@ def main(argv=None):
     if args.clips is not None:
         clips = own_clips(args.clips, model.config.image_size)
         tasks["video"] = functools.partial(video_task, clips=clips)
-    scores = evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint)
+    names = list(dict.fromkeys(args.task or tasks))
+
+    def announce_and_run(name, *given):
+        print(f"task {names.index(name) + 1} of {len(names)}: {name}", file=sys.stderr)
+        return tasks[name](*given)
+
+    announced = {name: functools.partial(announce_and_run, name) for name in names}
+    scores = evaluate_checkpoint(args, announced, model, tokenizer, checkpoint)
     if args.json:
         write_new(args.json, json.dumps(scores, indent=1))
 

@@ -67,13 +67,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import coca
 from coca import BEGIN, END, PAD, causal_mask
-from data import NAMES, NO_BLANK, UserError, pad_right, run_program, words
+from data import NAMES, NO_BLANK, UserError, one_error, pad_right, run_program, words
 from eval import caption_files, evaluate, new_file, pick_device, write_new
 from experiments.own_pictures import add_image_flags, check_image_flags, show_texts
 
@@ -293,6 +294,9 @@ def sizes(state):
     return c, replace(c, width=width, heads=width // 64)
 
 
+WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")  # before names: several GPUs, torch.compile
+
+
 def kind_of(names):
     """What else a file seems to be that has these names; "" if it is a CoCa as the public ones."""
     def some(*starts):
@@ -313,6 +317,13 @@ def kind_of(names):
     return "a file of other things"
 
 
+# Numbers of numpy, as training saves among its own (the loss, for example), under their two names
+SCALAR = np.float64(0).__reduce__()[0]
+DTYPES = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"]
+PLAIN = [np.dtype, *DTYPES, (SCALAR, "numpy.core.multiarray.scalar"),
+         (SCALAR, "numpy._core.multiarray.scalar")]
+
+
 def read_tensors(path):
     """A file of open_clip or of its training -> what it holds by name, on the CPU."""
     if not path.is_file():
@@ -322,11 +333,11 @@ def read_tensors(path):
             from safetensors.torch import load_file
             content = load_file(path)
         else:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
                 warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused
                 content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         content = content.get("state_dict", content)  # with optimizer and epoch, as training saves
-        return {name.removeprefix("module."): value for name, value in content.items()}
+        return {WRAPPED.sub("", name): value for name, value in content.items()}
     except ImportError:
         raise UserError(f"{path}: pip install safetensors, or take the .bin file") from None
     except Exception as e:  # each format fails in its own ways
@@ -349,7 +360,7 @@ def load_open_clip(path, correct_mask=False):
         with torch.device("meta"):  # no memory, no random numbers: all is replaced
             model = OpenClipCoCa(*sizes(state))
         model.load_state_dict(state, assign=True)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as e:
+    except Exception as e:  # whatever does not fit
         why = " ".join(str(e).split())[:200]
         raise UserError(f"{path}: a CoCa of open_clip, but built otherwise than the public ones "
                         f"({why}); take one of those") from None
@@ -379,13 +390,10 @@ class BytePairs:
 
     def __init__(self, path):
         """path: bpe_simple_vocab_16e6.txt.gz, a pair in a line, in the order of joining."""
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as f:
-                lines = f.read().split("\n")[1:48_895]  # those that CLIP uses
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; {HELP} says where to get it") from None
-        except (OSError, EOFError, ValueError) as e:
-            raise UserError(f"{path}: cannot be read ({e}); get it again") from None
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; {HELP} says where to get it")
+        with one_error(path), gzip.open(path, "rt", encoding="utf-8") as f:
+            lines = f.read().split("\n")[1:48_895]  # those that CLIP uses
         pairs = [tuple(line.split()) for line in lines if line]
         # Each byte has a letter: itself where that can be printed, else one of those from 256
         printed = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -146,7 +146,13 @@ def decoder_states(model, images, tokens):
     return model.decode(to_model(images), tokens), (tokens != PAD)[:, None, None]
 
 
-def understand(model, tokenizer, s, data, kinds=1, recipe=UNDERSTANDING, learned=PAIRS_LEARNED):
+def states_of_one_image(model, images, tokens):
+    """The same where all images are equal: one of them goes through the encoder for all."""
+    return decoder_states(model, images[:1], tokens)
+
+
+def understand(model, tokenizer, s, data, kinds=1, recipe=UNDERSTANDING, learned=PAIRS_LEARNED,
+               read=decoder_states):
     """Learns the first pairs of image and text -> accuracy on the others, and chance: the best
     constant answer to each of the kinds of pairs, which stand in turn in data.
     """
@@ -155,7 +161,7 @@ def understand(model, tokenizer, s, data, kinds=1, recipe=UNDERSTANDING, learned
     train = (images[:learned], tokens[:learned]), labels[:learned]
     test = (images[learned:], tokens[learned:]), labels[learned:]
     classifier = new_classifier(model, s, data)
-    _, score = transfer(model, decoder_states, classifier, train, test, recipe, "understanding")
+    _, score = transfer(model, read, classifier, train, test, recipe, "understanding")
     chance = [constant_answer(labels[kind::kinds]) for kind in range(kinds)]
     return score, np.mean(chance)
 
@@ -173,17 +179,17 @@ def understanding_task(model, tokenizer, s):
     kind.)
     """
     need_scene_words(tokenizer)
-    asked = questions(model.config.image_size, PAIRS_MADE, s["seed"])
-    stated = entailment(model.config.image_size, PAIRS_MADE, s["seed"])
+    size = model.config.image_size
+    made = {"questions": (questions(size, PAIRS_MADE, s["seed"]), len(KINDS)),
+            "entailment": (entailment(size, PAIRS_MADE, s["seed"]), 1)}
+    found = {}
+    for name, (data, kinds) in made.items():
+        found[name] = understand(model, tokenizer, s, data, kinds)
+        found[f"{name}, image hidden"] = understand(model, tokenizer, s, hide_images(data), kinds,
+                                                    read=states_of_one_image)
+        found[f"{name}, text hidden"] = understand(model, tokenizer, s, hide_texts(data))
+    return found
 
-    def learn(data, kinds=1):
-        return understand(model, tokenizer, s, data, kinds)
 
-    return {
-        "questions": learn(asked, len(KINDS)),
-        "questions, image hidden": learn(hide_images(asked), len(KINDS)),
-        "questions, text hidden": learn(hide_texts(asked)),
-        "entailment": learn(stated),
-        "entailment, image hidden": learn(hide_images(stated)),
-        "entailment, text hidden": learn(hide_texts(stated)),
-    }
+if __name__ == "__main__":
+    raise SystemExit("no command of its own; run: python -m experiments CHECKPOINT --task understanding")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import train
 from coca import CoCa, Losses, UnimodalDecoder, text_mask
 from data import load, scene, select
 from eval import (
@@ -26,6 +25,7 @@ from eval import (
     constant_answer,
     embed_classes,
     frozen_task,
+    load_data,
     load_split,
     need_embeddings,
     zero_shot_score,
@@ -65,13 +65,13 @@ def halves(s, labels=True, captions=True):
     """Training scenes: the first half have their labels as texts, the second their captions. One
     half may be left out. Validation scenes have captions.
     """
-    data = train.load_data(vars(s), "train")
+    data = load_data(vars(s), "train")
     half = len(data) // 2
     for i in range(half):
         things, _ = scene(s.seed, "train", i)
         data.captions[i] = label_texts(things)
     rows = [*range(half)] * labels + [*range(half, len(data))] * captions
-    return select(data, rows), train.load_data(vars(s), "val")
+    return select(data, rows), load_data(vars(s), "val")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -273,3 +273,7 @@ IMAGES = {"a": 4_800, "b": 24_000, "c": 24_000, "d": 24_000, "e": 24_000, "f": 2
 ONLY_IN = {"accuracy": ["a"], LINEAR: ["a", "families"], COST: ["b"],
            "zero-shot by likelihood": ["families"], "frozen, new pooler": ["families"],
            "video, frozen": ["families"]}
+
+
+if __name__ == "__main__":
+    raise SystemExit("no command of its own; run: python -m experiments.ablations")

@@ -30,7 +30,7 @@ def test_a_subset_and_what_is_kept_apart_are_random_images_and_the_same_every_ti
     for split in ("val", "zeroshot", "labelled-val"):
         assert pick(200, split, 60, 50).tolist() == val
     refused("--subset 151, but there are 150 images; ask for fewer", pick, 200, "train", 151, 50)
-    refused("200 training images cannot be kept apart", pick, 200, "val", 0, 200)
+    refused("200 of 200 training images cannot be kept apart", pick, 200, "val", 0, 200)
 
 
 def test_selected_images_keep_their_captions_labels_and_names():

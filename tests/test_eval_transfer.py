@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import CONTROL, fails, refused
+from helpers import CONTROL, Bomb, fails, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -22,7 +22,6 @@ import eval as evaluation
 from coca import AttentionalPooler
 from data import Dataset, DoesNotApply, UserError, load, to_model
 from eval import (
-    CONTENT,
     FINETUNED,
     FROZEN,
     TASKS,
@@ -223,11 +222,12 @@ def test_data_are_of_the_checkpoints_seed_and_the_models_size():
 
 
 def test_a_run_with_data_of_its_own_is_scored_on_them():
-    def own(settings, split):
-        return settings["seed"], split
+    def own(s, split):
+        return s["seed"], s["image_size"], split
 
     model, _, settings = toy_checkpoint()
-    assert evaluation.load_split(model, {**settings, "load_data": own}, "zeroshot") == (0, "zeroshot")
+    settings.update(load_data=own, image_size=64)  # the model's is 8
+    assert evaluation.load_split(model, settings, "zeroshot") == (0, 8, "zeroshot")
 
 
 def fixed(model, tokenizer, settings):
@@ -341,8 +341,11 @@ def test_data_and_their_folder_are_the_checkpoints_or_those_of_the_flags(command
             ("--data cifar10 --data-dir cifar-a", {"val_from_train": 1}, "75.00%")):
         assert not command("--task", "zero-shot", *flags.split(), settings=settings)
         assert capsys.readouterr().out.splitlines()[1].split()[-2] == chance
-    with pytest.raises(UserError, match="^cifar100 needs --data-dir"):  # cifar-a is of other data
-        command("--data", "cifar100", settings=trained_on_a)
+    args = evaluation.parse_args(["checkpoint.pt", "--data", "cifar100"])
+    checkpoint = dict(settings={**trained_on_a, "val_from_train": 1, "seed": 5})
+    other = dict(data="cifar100", data_dir=None, val_from_train=0, seed=5)  # not in cifar-a
+    assert evaluation.settings_of(args, checkpoint) == other
+    assert checkpoint["settings"]["data"] == "cifar10"  # as it was
 
 
 @pytest.mark.parametrize("task", ["", "--task zero-shot"])
@@ -430,15 +433,17 @@ def test_a_checkpoint_that_lacks_something_is_one_line_with_its_name(tmp_path):
     save_checkpoint(path, model, tokenizer, settings)
     whole = torch.load(path, weights_only=True)
     assert same_tensors(load_checkpoint(path)[0], model)  # control
-    for name in CONTENT:
+    for name in whole:
         torch.save({entry: whole[entry] for entry in whole if entry != name}, path)
         refused(f"checkpoint.pt: not a checkpoint of this version .*'{name}'", load_checkpoint, path)
     for name in ("log_temperature", max(whole["model"], key=len)):
         tensors = {entry: whole["model"][entry] for entry in whole["model"] if entry != name}
         torch.save({**whole, "model": tensors}, path)
         refused(f"checkpoint.pt: not a checkpoint of this version .*{name}", load_checkpoint, path)
-    torch.save({**whole, "format": 2}, path)
-    refused("format 2, and this version reads 3", load_checkpoint, path)
+    for changes, message in ((dict(format=2), "format 2, and this version reads 3"),
+                             (dict(model=Bomb()), "UnpicklingError")):  # loading runs no code
+        torch.save({**whole, **changes}, path)
+        refused(f"checkpoint.pt: not a checkpoint of this version .*{message}", load_checkpoint, path)
     path.write_bytes(path.read_bytes()[:1000])
     refused("checkpoint.pt: not a checkpoint", load_checkpoint, path)
 

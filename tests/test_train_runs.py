@@ -244,7 +244,7 @@ def test_a_full_disk_or_a_stop_leaves_whole_files_to_go_on_from(error, function,
     with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)) as end:
         patch.setattr(os, function, full)
         run(cut, "--resume")
-    assert re.fullmatch(f"|.*/{name}: cannot be written .full.; what was there is untouched",
+    assert re.fullmatch(f"|.*/{name}: cannot be written .full.; it is as before",
                         str(end.value))
     assert len(quick.rows_of(cut)) == 3 and len([*cut.iterdir()]) == 2
     assert quick.checkpoint_of(cut)["step"] == (3 if failing == 3 else 5)

@@ -20,7 +20,8 @@ import eval as evaluation
 from coca import PAD
 from data import Dataset, Tokenizer, to_model
 from experiments import report
-from experiments.report import Html, attention_maps, chart, confusions, loss_curves, table, tag
+from experiments.draw import Html, attention_maps, chart, tag
+from experiments.report import confusions, loss_curves, table
 
 HOSTILE = """<script>alert("1&amp;2")<img src=x onerror='x'>&"""  # a file may be called that, too
 CLASSES = [f"{HOSTILE} cat", "dog"]
