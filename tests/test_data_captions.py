@@ -68,6 +68,31 @@ def test_new_pictures_and_another_order_of_rows_move_none_across(tmp_path):
         assert {name[1:] for name in parts(make(tmp_path / "x", other), other)[1]} == TESTED
 
 
+def chosen_to_evaluate_on(root):
+    return {os.path.relpath(path, root) for path in captions_table(Path(root), "val")[0]}
+
+
+def test_the_split_is_by_the_path_below_the_folder_that_all_pictures_share(tmp_path):
+    texts = {f"{folder}/{name}": ["x"] for folder in ("train", "val") for name in NAMES}
+    tested = {name for name in texts if hashlib.sha256(name.encode()).digest()[0] < 26}
+    assert chosen_to_evaluate_on(make(tmp_path / "a", texts)) == tested != set()
+    found = chosen_to_evaluate_on(make(tmp_path / "b", texts, form="deep/down/"))
+    assert found == {f"deep/down/{name}" for name in tested}
+    one = {name: texts[name] for name in texts if name.startswith("train")}  # it is shared then
+    found = chosen_to_evaluate_on(make(tmp_path / "c", one))
+    assert found == {f"train/{name}" for name in TESTED}
+
+
+def test_the_table_of_the_converter_is_read_before_others_and_its_name_is_kept(tmp_path):
+    for name in ("captions.txt", "captions.csv", "coca.csv"):  # the later goes first
+        paint(tmp_path / f"{name}.png")
+        paint(tmp_path / "other.png")
+        table = f"image,caption,split\n{name}.png,a,train\nother.png,b,test\n"
+        (tmp_path / name).write_text(table)
+        found = load("captions", tmp_path, size=4)
+        assert found.names == [f"{name}.png"] and found.source == str(tmp_path / name)
+
+
 @pytest.mark.parametrize("splits, learned, tested", [
     (("train", "val", "test"), 0, 2), (("test", "train"), 1, 0), (("train", "val"), 0, 1)])
 def test_a_tables_own_splits_are_obeyed_and_test_goes_before_val(tmp_path, splits, learned, tested):
