@@ -249,8 +249,8 @@ class Batches:
             self.order = rng.permutation(len(self.data))
             self.which = rng.random(self.per_epoch)  # one a batch: equal classes get equal prompts
         rows = self.order[batch * self.batch_size:][:self.batch_size][self.own]
-        drawn = [self.choices[i][int(self.which[batch] * len(self.choices[i]))] for i in rows]
-        tokens = self.tokens[drawn]                                     # (B, L)
+        chosen = [self.choices[i][int(self.which[batch] * len(self.choices[i]))] for i in rows]
+        tokens = self.tokens[chosen]                                    # (B, L)
         longest = (tokens != PAD).sum(1).max()
         images = self.data.images[rows]                                 # (B, 3, S, S) uint8
         if self.data.augment:
@@ -258,7 +258,7 @@ class Batches:
             border = images.shape[-1] // 8
             corner = rng.integers(0, 2 * border + 1, (self.batch_size, 2))[self.own]
             flip = (rng.random(self.batch_size) < 0.5)[self.own]
-            flip &= ~self.sided[drawn]  # "left" must stay true
+            flip &= ~self.sided[chosen]  # "left" must stay true
             images = crop_and_flip(images, border, corner, flip)
         images = torch.from_numpy(images).to(self.device)
         return to_model(images), tokens[:, :longest].to(self.device)
