@@ -451,13 +451,6 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def read_text(path):
-    """UTF-8 with or without a mark, or UTF-16 with one -> text, its lines ended by \\n."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-
-
 @contextlib.contextmanager
 def one_error(path):
     """Whatever is wrong with a file's text becomes a UserError of one line."""
@@ -710,7 +703,7 @@ def coco_captions(source, folder):
     captions = defaultdict(list)
     skipped = 0
     with one_error(source):
-        content = json.loads(read_text(source))
+        content = json.loads(source.read_text(encoding="utf-8-sig"))
         paths = {}
         for image in content["images"]:
             paths[image["id"]] = os.path.join(folder, image["file_name"])
@@ -774,7 +767,7 @@ def captions_table(data_dir, files):
 def table_rows(table):
     """Of each line the picture, a caption and the split, "" if the table does not say."""
     with one_error(table):
-        header, *lines = read_text(table).split("\n")
+        header, *lines = table.read_text(encoding="utf-8-sig").split("\n")
         if header not in ("image,caption", "image,caption,split"):
             raise UserError(f"{table}: line 1 must be image,caption or image,caption,split; for "
                             f"other tables: {converter(table.parent)}")

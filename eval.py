@@ -687,10 +687,8 @@ CONTENT = "format config vocabulary settings model optimizer step metrics metric
 
 
 def load_checkpoint(path):
-    """-> model on the CPU, tokenizer, the whole checkpoint: a dict, made in train.save. path: the
-    file or its folder.
-
-    Plain types only: loading runs no code.
+    """The file or its folder -> model on the CPU, tokenizer, the whole checkpoint: a dict of plain
+    types, made in train.save. Loading runs no code.
     """
     path = Path(path)
     if path.is_dir():
@@ -708,8 +706,9 @@ def load_checkpoint(path):
         model.load_state_dict(checkpoint["model"])
         return model, Tokenizer(checkpoint["vocabulary"]), checkpoint
     except Exception as e:  # cut off, foreign, or with code in it: torch names each differently
-        raise UserError(f"{path}: not a checkpoint of this version ({e!r:.150}); train again, or "
-                        "give another one") from None
+        why = str(e).split(". ")[0]  # (torch goes on to advise to run the code)
+        raise UserError(f"{path}: not a checkpoint of this version; train again, or give another "
+                        f"({type(e).__name__}: {why!r:.160})") from None
 
 
 def pick_device(name):

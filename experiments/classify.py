@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from coca import PAD
-from data import COLOURS, RADII, SHAPES, UserError, scene
+from data import COLOURS, RADII, SHAPES, DoesNotApply, scene
 from eval import (
     FINETUNED,
     FROZEN,
@@ -18,7 +18,7 @@ from eval import (
     embed_classes,
     in_batches,
     learn_images,
-    load_classes,
+    load_known_classes,
     load_split,
     need_embeddings,
     tensors,
@@ -35,9 +35,8 @@ def likelihood_task(model, tokenizer, s):
     minus. The images and prompts are those of eval.zero_shot_task.
     """
     if not model.config.lambda_cap:
-        raise UserError("the checkpoint was trained with --lambda-cap 0, its decoder knows no "
-                        "likelihood")
-    data = load_classes(model, s)
+        raise DoesNotApply("trained with --lambda-cap 0, its decoder knows no likelihood")
+    data = load_known_classes(model, tokenizer, s)
     prompts = []
     for name in data.classes:
         prompts += [template.format(name) for template in data.templates]
@@ -101,7 +100,7 @@ def robustness_task(model, tokenizer, s):
     """Zero-shot, frozen and finetuned, all learned from scenes as they are, on changed scenes."""
     need_embeddings(model)
     if s["data"] != "shapes":
-        raise UserError("robustness is asked of generated scenes; train on --data shapes")
+        raise DoesNotApply("robustness is asked of generated scenes; train on --data shapes")
     named = load_split(model, s, "zeroshot")
     classes = embed_classes(model, tokenizer, named.classes, named.templates)
     data = load_split(model, s, "labelled")

@@ -29,13 +29,13 @@ def check_texts(texts, model, tokenizer):
     """UserError if a text has no known word or two have the same tokens. Notes unknown words."""
     need_embeddings(model)
     rows = tokenizer.encode(texts, model.config.text_len).tolist()
-    for text, is_known, row in zip(texts, are_known(texts, tokenizer, model), rows):
-        first = texts[rows.index(row)]
+    for i, (text, is_known) in enumerate(zip(texts, are_known(texts, tokenizer, model))):
+        first = rows.index(rows[i])
         if not is_known:
             raise UserError(f"{text!r}: the checkpoint knows none of its words; use words of the "
                             "captions that it learned from")
-        if first is not text:
-            raise UserError(f"{first!r} and {text!r} are the same to the checkpoint; drop one")
+        if first < i:
+            raise UserError(f"{texts[first]!r} and {text!r} are the same to the checkpoint; drop one")
     note_lost(texts, tokenizer.encode(texts, model.config.text_len), model.config.text_len)
     unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
     if unknown:

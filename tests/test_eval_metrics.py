@@ -175,6 +175,8 @@ def test_equal_cosines_and_nan_are_never_right(value):
     assert recall(rest, torch.eye(30), [[3]])[1][0] == (value == 0)
     few = torch.full((2, 4), value)  # of 4 items all are among 5
     assert recall(few, torch.eye(4), [[0], [1]])[5] == (value == 0, 1.0)
+    one = torch.tensor([[1.0, 0], [value, 0]])  # of two items, the second
+    assert ranks(torch.eye(2)[:1], one, [[0]]) == [0 if value == 0 else math.inf]
 
 
 class Largest(TorchDispatchMode):

@@ -26,6 +26,7 @@ from eval import (
     FROZEN,
     TASKS,
     Classifier,
+    Learner,
     Recipe,
     accuracy,
     evaluate,
@@ -100,17 +101,22 @@ def run_probe(**how):
 
 
 def test_what_is_learned_from_is_the_training_set_and_what_is_scored_the_test_set():
-    probe, learner, score = run_probe()
+    probe, _, score = run_probe()
     assert score == pytest.approx(0.7)
     batches = [rows for rows, _ in probe.trained]
     assert len(batches) == 40 and {len(rows) for rows in batches} == {8}
     assert set(sum(batches, [])) == set(range(40))
     assert [rows for rows, _ in probe.scored] == [list(range(100, 110))]
-    labels = torch.arange(600) % 3  # of class 0, a third
-    assert accuracy(learner, ((torch.arange(600),), labels)) == pytest.approx(1 / 3)
-    assert sum([rows for rows, _ in probe.scored[1:]], []) == list(range(600))
     run_probe()
     assert [rows for rows, _ in probe.trained] == batches  # the same every time
+
+
+def test_many_inputs_are_scored_each_by_its_own_label():
+    rows = torch.arange(600)
+    likely = torch.eye(3).repeat(200, 1)
+    learner = Learner(CONTROL.model(), lambda model, rows: (rows,), lambda rows: likely[rows])
+    assert accuracy(learner, ((rows,), rows % 3)) == 1
+    assert accuracy(learner, ((rows,), rows // 256 % 3)) == pytest.approx(200 / 600, abs=0.01)
 
 
 def test_scored_is_the_average_of_the_last_weights():
@@ -265,7 +271,9 @@ def test_a_task_that_does_not_apply_is_left_out_and_refused_only_where_it_was_as
                        (dict(notes=False), "")):
         assert len(evaluate(*toy_checkpoint(), tasks, **how)) == 3  # the other one's
         assert capsys.readouterr().err == noted
-    refused("^elsewhere: it is for something else$", evaluate, *toy_checkpoint(), tasks, strict=True)
+    with pytest.raises(UserError, match="^elsewhere: it is for something else$") as error:
+        evaluate(*toy_checkpoint(), tasks, strict=True)
+    assert error.type is UserError
     for strict in (False, True):  # control: what is wrong is never left out
         refused("^a.png: no such file$", evaluate, *toy_checkpoint(), {"x": broken}, strict=strict)
 
@@ -390,9 +398,10 @@ def test_tasks_and_device_are_those_asked_for(command, monkeypatch):
 
 
 def test_the_accelerator_that_can_be_used_is_taken_or_the_cpu(monkeypatch):
-    for found, name in ((torch.device("cuda"), "cuda"), (torch.device("mps"), "mps"), (None, "cpu")):
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    for found, name in ((cuda, "cuda"), (mps, "mps"), (None, "cpu")):
         def current(check_available=False, found=found):
-            return found if check_available else torch.device("cuda")
+            return found if check_available else cuda
 
         monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
         assert evaluation.pick_device("auto") == name
@@ -432,20 +441,21 @@ def test_a_checkpoint_that_lacks_something_is_one_line_with_its_name(tmp_path):
     model, tokenizer, settings = toy_checkpoint()
     save_checkpoint(path, model, tokenizer, settings)
     whole = torch.load(path, weights_only=True)
+    said = "checkpoint.pt: not a checkpoint of this version"
     assert same_tensors(load_checkpoint(path)[0], model)  # control
     for name in whole:
         torch.save({entry: whole[entry] for entry in whole if entry != name}, path)
-        refused(f"checkpoint.pt: not a checkpoint of this version .*'{name}'", load_checkpoint, path)
+        refused(f"{said} .*'{name}'", load_checkpoint, path)
     for name in ("log_temperature", max(whole["model"], key=len)):
         tensors = {entry: whole["model"][entry] for entry in whole["model"] if entry != name}
         torch.save({**whole, "model": tensors}, path)
-        refused(f"checkpoint.pt: not a checkpoint of this version .*{name}", load_checkpoint, path)
+        refused(f"{said} .*{name}", load_checkpoint, path)
     for changes, message in ((dict(format=2), "format 2, and this version reads 3"),
                              (dict(model=Bomb()), "UnpicklingError")):  # loading runs no code
         torch.save({**whole, **changes}, path)
-        refused(f"checkpoint.pt: not a checkpoint of this version .*{message}", load_checkpoint, path)
+        refused(f"{said} .*{message}", load_checkpoint, path)
     path.write_bytes(path.read_bytes()[:1000])
-    refused("checkpoint.pt: not a checkpoint", load_checkpoint, path)
+    refused(said, load_checkpoint, path)
 
 
 def test_the_folder_of_a_run_means_its_checkpoint(tmp_path):

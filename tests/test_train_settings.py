@@ -727,7 +727,8 @@ def test_what_was_saved_and_what_scores_it_is_said_before_the_scores(tmp_path, m
 def test_the_rate_of_a_model_that_goes_on_from_another_is_noted_unless_it_is_given(go, capsys):
     for command, noted in (("", True), ("--lr 1e-4", False)):
         go(command)
-        assert ("--lr is 0.0015, as for a new model" in capsys.readouterr().err) == noted
+        said = capsys.readouterr().err
+        assert ("as for a new model" in said) == noted and ("--lr is 0.0015" in said) == noted
 
 
 def test_the_bar_fits_80_columns(tmp_path, monkeypatch):
