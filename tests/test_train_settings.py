@@ -169,7 +169,7 @@ REFUSED = [
     (f"--out new {FIRST} --encoder-layers 2", "encoder.blocks.* does not fit.*--fresh encoder"),
     (f"--out new {FIRST} --encoder-layers 0", "encoder.blocks.* does not fit.*--fresh encoder"),
     ("--out new --resume", "no such checkpoint"),
-    ("--out old --resume", "not a checkpoint of this version .*format"),
+    ("--out old --resume", "not a checkpoint of this version.*format"),
     ("--out new --lr 0", "no weight would move"), ("--out new --data-dir .", "scenes are generated"),
     ("--out new --train poolers --n-query 0 --lambda-con 0", "no weight would move"),
     ("--out new --data cifar10", "cifar10 needs --data-dir"),
