@@ -326,7 +326,7 @@ def parse_args(argv=None):
     flag = p.add_argument
     flag("--help", "-h", action="store_true", help="these lines, with the defaults that apply")
     flag("--data", choices=NAMES, default="shapes", help="what to train on")
-    flag("--data-dir", type=os.path.abspath, help="folder of the data")
+    flag("--data-dir", help="folder of the data")
     flag("--subset", type=at_least(0), default=0, help="that many training images, 0 = all")
     flag("--val-from-train", type=at_least(0), default=0, metavar="N",
          help="tuning: evaluate on N training images, kept apart")
@@ -379,6 +379,7 @@ def parse_args(argv=None):
         source = load_checkpoint(given.init)
         p.set_defaults(**source[2]["config"])
     s = p.parse_args(argv)
+    s.data_dir = s.data_dir and os.path.abspath(s.data_dir)
     s.train = [part for part in PARTS if part in s.train]
     s.fresh = [part for part in PARTS if part in s.fresh]
     check_settings(p, s, source)

@@ -91,9 +91,13 @@ def without_duplicates(data, evaluation):
 
 
 def contact_sheet(left, right):
-    """Images (n, 3, S, S), twice -> a Pillow image, a pair a line, three times as large."""
+    """Images (n, 3, S, S), twice -> a Pillow image, four pairs a row, three times as large."""
     pairs = np.concatenate([left, right], 3).transpose(0, 2, 3, 1)      # (n, S, 2 S, 3)
-    sheet = pillow().fromarray(np.concatenate(list(pairs)))
+    lacking = -len(pairs) % 4  # of the last row: white
+    gap = (2, 2)
+    pairs = np.pad(pairs, ((0, lacking), gap, gap, (0, 0)), constant_values=255)
+    rows = [np.concatenate(list(pairs[i:i + 4]), 1) for i in range(0, len(pairs), 4)]
+    sheet = pillow().fromarray(np.concatenate(rows))
     return sheet.resize((3 * sheet.width, 3 * sheet.height))
 
 

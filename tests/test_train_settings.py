@@ -173,6 +173,7 @@ REFUSED = [
     ("--out new --lr 0", "no weight would move"), ("--out new --data-dir .", "scenes are generated"),
     ("--out new --train poolers --n-query 0 --lambda-con 0", "no weight would move"),
     ("--out new --data cifar10", "cifar10 needs --data-dir"),
+    ("--out new --data cifar10 --data-dir=", "cifar10 needs --data-dir"),
     ("--out table", "^table: no place for a new run .*another --out, or --resume"),
     ("--out table/metrics.csv", "no place for a new run"),
     ("--out notes", "no place for a new run"),

@@ -149,8 +149,10 @@ def test_the_command_shows_the_pairs(command, tmp_path, capsys):
     assert "1.000  train 20: original  |  evaluation 0: a copy" in out
     with pillow().open(tmp_path / "pairs.png") as sheet:
         pixels = np.asarray(sheet)[1::3, 1::3]  # it is three times as large
-    assert pixels.shape == (7 * 32, 2 * 32, 3)
-    assert np.array_equal(pixels[:, :32], pixels[:, 32:])
+    assert pixels.shape == (2 * 36, 4 * 68, 3)  # seven pairs, four a row
+    for i in range(8):
+        pair = pixels[36 * (i // 4):][2:34, 68 * (i % 4):][:, 2:66]
+        assert np.array_equal(pair[:, :32], pair[:, 32:]) and (pair == 255).all() == (i == 7)
 
 
 def test_of_photographs_mirrored_copies_are_found_as_training_leaves_them_out(command, capsys):
