@@ -26,7 +26,9 @@ import argparse
 import contextlib
 import csv
 import functools
+import hashlib
 import io
+import json
 import math
 import os
 import statistics
@@ -44,7 +46,7 @@ from tqdm import tqdm
 
 import train
 from data import Batches, UserError, note, one_error, run_program
-from eval import evaluate
+from eval import evaluate, load_data
 from experiments.variants import (
     BOTH_WAYS,
     COST,
@@ -79,43 +81,34 @@ NUMBERS = [*SCORES, "training_seconds", "seconds"]  # or nothing, where there is
 COLUMNS = [*Job._fields, *NUMBERS, "commit"]
 
 
-def make_job(variant, data, images, seed, data_dir=None):
-    images = int(images * VARIANTS[variant].share)
-    flags = flags_of(variant, data, images, seed)
-    return Job(variant, data, str(images), str(seed), flags, fingerprint(data, seed, data_dir))
-
-
-def flags_of(variant, data, images, seed):
+def make_job(variant, data, images, seed, fingerprint=""):
     size = train.PRESETS[data]["batch_size"]
+    images = int(images * VARIANTS[variant].share)
     flags = (f"--data {data} --steps {max(1, images // size)} --batch-size {size} "
              f"--lr {train.PRESETS[data]['lr']} --seed {seed} --device cpu {VARIANTS[variant].flags}")
-    return flags.strip()
+    return Job(variant, data, str(images), str(seed), flags.strip(), fingerprint)
 
 
 @functools.cache
-def fingerprint(data, seed, data_dir):
-    """Of the names and captions of what is learned from and of what validates, as train.py's."""
-    s = settings(f"--data {data} --seed {seed}", data_dir)
-    s.image_size = 1  # pixels do not count here, and few are quick
-    train.check_data(s, train.load_data(vars(s), "train"), train.load_data(vars(s), "val"))
-    return s.fingerprint
-
-
-def settings(flags, data_dir):
-    folder = [f"--data-dir={data_dir}"] if data_dir else []
-    return train.parse_args([*flags.split(), *folder])[0]
+def fingerprint_of(data, seed, data_dir):
+    """Of the names and captions of the training and validation images."""
+    s = dict(data=data, data_dir=data_dir, seed=seed, image_size=1)  # pixels do not count here
+    parts = [load_data(s, split) for split in ("train", "val")]
+    text = json.dumps([[part.names, part.captions] for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compose(flags, variant=VARIANTS["default"], data_dir=None):
     """What train.main is made of, for these flags -> settings, model, tokenizer, validation Dataset,
     train.train: next() is a step. Nothing is saved.
     """
-    s = settings(flags, data_dir)
+    folder = [f"--data-dir={data_dir}"] if data_dir else []
+    s, _ = train.parse_args([*flags.split(), *folder])
     if variant.data:
         data, val = variant.data(s)
     else:
-        data = train.load_data(vars(s), "train")
-        val = train.load_data(vars(s), "val")
+        data = load_data(vars(s), "train")
+        val = load_data(vars(s), "val")
     model, tokenizer = train.new_model(s, data)
     if variant.change:
         model = variant.change(model)
@@ -167,9 +160,9 @@ def relative_cost(job, data_dir, turns=8, steps=2):
     Median seconds of the processor, which change less with what else runs on the machine; a few
     steps of each in turn.
     """
-    least = flags_of("contrastive only", job.data, int(job.images), job.seed)
+    least = make_job("contrastive only", job.data, int(job.images), job.seed)
     runs = []
-    for flags in (job.flags, least):
+    for flags in (job.flags, least.flags):
         *_, run = compose(f"{flags} --subset 1000 --steps 1000", data_dir=data_dir)
         runs.append(run)
     seconds = [[], []]
@@ -191,10 +184,11 @@ def jobs_of(rows, args):
     """Each run once, in however many rows it is; seed by seed, so that rows fill evenly."""
     found = {}
     for seed in args.seeds:
+        fingerprint = fingerprint_of(args.data, seed, args.data_dir)
         for row in rows:
             for variant in TABLES[row][1]:
                 images = args.images or IMAGES[row]
-                found[make_job(variant, args.data, images, seed, args.data_dir)] = True
+                found[make_job(variant, args.data, images, seed, fingerprint)] = True
     return list(found)
 
 
@@ -260,7 +254,8 @@ def results(jobs, args):
             yield perform(job, args.data_dir)
         return
     waiting = iter(jobs)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), initializer=hide_bars) as pool:
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come, whose bars would mix
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         running = set()
         for job in islice(waiting, args.jobs):  # no more at a time: a stop finds none in the queue
             running.add(pool.submit(perform, job, args.data_dir))
@@ -270,11 +265,6 @@ def results(jobs, args):
                 running.add(pool.submit(perform, job, args.data_dir))
             for future in done:
                 yield future.result()
-
-
-def hide_bars():
-    """In this process: several would write over each other's."""
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 def run_all(jobs, args):

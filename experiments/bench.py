@@ -1,20 +1,17 @@
-"""What measures rather than serves: speed, memory and growth, and where the pooler looks.
+"""How fast it is, how much memory it takes, and how both grow.
 
     python -m experiments.bench step --config bench-tiny bench-small   a step, memory, captioning
     python -m experiments.bench step --config base --batch-size 256 --compile     the same on a GPU
     python -m experiments.bench grow --config bench-tiny     a step of half and twice the sizes
     python -m experiments.bench contrastive --pairs 4096 16384 --processes 1 2 4   Eq. (2), shared
     python -m experiments.bench query --config tiny base     the one query of a video (Sec. 3.3)
-    python -m experiments.bench entropy --seeds 0 1 2        the poolers' attention, as it learns
 
 Seconds depend on the machine; what is compared is timed in turn. Processes of contrastive have one
 thread each. Linux and macOS only.
 """
 import argparse
-import csv
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import random
@@ -22,7 +19,6 @@ import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,13 +26,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import coca
 import train
 from coca import BEGIN, END, PAD, AttentionalPooler, CoCa, CoCaConfig, contrastive_loss
-from data import run_program, to_model
+from data import run_program
 from eval import pick_device
-from experiments.ablations import compose
 
 CONFIGS = {
     **coca.CONFIGS,
@@ -51,10 +47,10 @@ BATCH = {"bench-tiny": 64, "bench-small": 32, "tiny": 128}
 # A training step
 
 
-def timed(function, repeats=5):
-    """Median seconds of a call, after one to warm up."""
+def timed(function, what, repeats=5):
+    """Median seconds of a call, after one to warm up. what: for the bar."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in tqdm(range(repeats + 1), f"timing {what}", leave=False):
         began = time.perf_counter()
         function()
         if torch.cuda.is_available():
@@ -132,7 +128,7 @@ def peak_flops(device, size=4096):
         dtype = (a @ a).dtype
     a = a.to(dtype)
     product = torch.empty_like(a)
-    seconds = timed(functools.partial(torch.mm, a, a, out=product), 20)
+    seconds = timed(functools.partial(torch.mm, a, a, out=product), "a product of matrices", 20)
     return 2 * size**3 / seconds, dtype
 
 
@@ -144,7 +140,7 @@ def bench_step(name, device, batch, flags):
     model, step = training(config, batch, device, flags)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = timed(step)
+    seconds = timed(step, f"{name}, a step of {batch} images")
     print(f"{name}: batch {batch}, {device}, {torch.get_num_threads()} threads, "
           f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({dtype})")
     print(f"  training {batch / seconds:,.1f} images/s, {seconds * 1e3:,.0f} ms a step, "
@@ -159,7 +155,8 @@ def bench_step(name, device, batch, flags):
         model.multimodal.head.weight[[PAD, END]] = 0.0  # captions of full length
     for count in (1, 16, 64):
         images, _ = synthetic(config, count, device)
-        seconds = timed(functools.partial(model.generate, images), 3)
+        generate = functools.partial(model.generate, images)
+        seconds = timed(generate, f"{name}, captioning {count} images", 3)
         speed = count * (config.text_len - 1) / seconds
         print(f"  captioning {count} images: {speed:,.0f} tokens/s, greedy")
 
@@ -181,7 +178,7 @@ def bench_growth(name, device):
         times = {value: [] for value in steps}
         for _ in range(3):
             for value, step in steps.items():
-                times[value].append(timed(step, 1))
+                times[value].append(timed(step, f"{name}, a step with {what} {value}", 1))
         medians = {value: statistics.median(found) for value, found in times.items()}
         power = math.log2(medians[size * 2] / medians[size])
         text = ", ".join(f"{value}: {t * 1e3:,.0f} ms" for value, t in medians.items())
@@ -210,7 +207,9 @@ def contrastive_worker(rank, world, port, N, E):
     own = ids[N * rank // world:N * (rank + 1) // world]
     began = time.perf_counter()
     cpu = time.process_time()
-    for rows in own.split(max(1, train.BLOCK // N)):
+    blocks = own.split(max(1, train.BLOCK // N))
+    what = f"{N:,} pairs, {world} processes"
+    for rows in tqdm(blocks, f"timing {what}", leave=False, disable=rank > 0):
         share = contrastive_loss(x, y, temperature, ids, rows) * len(rows) / N
         share.backward()
         loss += share.detach()
@@ -246,78 +245,33 @@ def bench_query(name, device, clips=4, frames=8):
     encode = functools.partial(encoder, images)
     pool = functools.partial(pooler, tokens)
     flops = flops_of(pool) / flops_of(encode)
-    seconds = timed(pool) / timed(encode)
+    seconds = timed(pool, f"{name}, the query") / timed(encode, f"{name}, the encoder")
     print(f"{name}: {clips} clips of {frames} frames; the query takes {flops:.1%} of the encoder's "
           f"matrix products and {seconds:.1%} of its time")
-
-
-# ------------------------------------------------------------------------------------------------
-# Where the generative pooler looks while the default job trains
-
-ENTROPY = Path(__file__).with_name("entropy.csv")
-ENTROPY_COLUMNS = ["start", "seed", "images", "entropy", "val_con", "val_cap"]
-STARTS = ["default", "faint positions"]  # initial values
-
-
-def bench_entropy(seeds):
-    """Entropy of the generative pooler's attention, in nats, over images seen: the mean over heads,
-    queries and images. "faint positions" differs in one thing: the image's positions start at 0.2
-    of the sinusoids, as faint against the patches' content as in many a ViT.
-    """
-    lines = []
-    if ENTROPY.exists():  # a seed that is measured again is there once
-        with open(ENTROPY, newline="") as f:
-            lines = [line for line in csv.DictReader(f) if int(line["seed"]) not in seeds]
-    for seed in seeds:
-        for start in STARTS:
-            lines += watched(start, seed)
-    with open(ENTROPY, "w", newline="") as f:
-        writer = csv.DictWriter(f, ENTROPY_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    print(f"saved: {ENTROPY}")
-
-
-def watched(start, seed, flags="", every=50):
-    """Trains the default job -> {column: value} after each `every` steps, and at the end."""
-    s, model, tokenizer, val, steps = compose(f"--seed {seed} --device cpu {flags}")
-    if start == "faint positions":
-        model.encoder.position.data *= 0.2
-    lines = []
-    for step, *_ in itertools.chain(steps, [(s.steps,)]):
-        if step % every == 0 or step == s.steps:
-            con, cap = train.validate(s, model, tokenizer, val)
-            values = [start, seed, step * s.batch_size, pooler_entropy(model, val), con, cap]
-            lines.append(dict(zip(ENTROPY_COLUMNS, values)))
-    return lines
-
-
-@torch.no_grad()
-def pooler_entropy(model, val):
-    tokens = model.encoder(to_model(torch.tensor(val.images[:128])))
-    weights = model.generative_pooler.weights(tokens)                   # (B, H, Q, P)
-    return torch.special.entr(weights).sum(-1).mean().item()
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 usage="python -m experiments.bench WHAT [options]")
-    p.add_argument("what", choices=["step", "grow", "contrastive", "query", "entropy"])
-    p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"])
-    p.add_argument("--device", default="auto")
-    p.add_argument("--batch-size", type=train.at_least(2), help="of step (default: see BATCH)")
+    p.add_argument("what", choices=["step", "grow", "contrastive", "query"],
+                   help="a training step; how it grows; Eq. (2) of many pairs; a video's query")
+    p.add_argument("--config", nargs="+", choices=CONFIGS, default=["bench-tiny"],
+                   help="sizes, of all but contrastive (default: bench-tiny)")
+    p.add_argument("--device", default="auto",
+                   help="cuda, mps or cpu (default: the first there is; contrastive: cpu)")
+    p.add_argument("--batch-size", type=train.at_least(2),
+                   help="of step (default: 128 of tiny, 32 of bench-small, else 64)")
     p.add_argument("--grad-checkpoint", action="store_true", help="step as with train.py's flag")
     p.add_argument("--compile", action="store_true", help="step as with train.py's flag")
-    p.add_argument("--pairs", nargs="+", type=train.at_least(1), default=[4096])
-    p.add_argument("--processes", nargs="+", type=train.at_least(1), default=[1])
-    p.add_argument("--seeds", nargs="+", type=train.at_least(0), default=[0])
+    p.add_argument("--pairs", nargs="+", type=train.at_least(1), default=[4096],
+                   help="of contrastive (default: 4096)")
+    p.add_argument("--processes", nargs="+", type=train.at_least(1), default=[1],
+                   help="of contrastive, side by side (default: 1)")
     args = p.parse_args(argv)
     if min(args.pairs) < max(args.processes):
         p.error("each of --processes needs a pair; ask for more --pairs")
     if args.what == "contrastive":
         bench_contrastive(args.pairs, args.processes)
-    elif args.what == "entropy":
-        bench_entropy(args.seeds)
     else:
         device = pick_device(args.device)
         flags = ["--grad-checkpoint"] * args.grad_checkpoint + ["--compile"] * args.compile

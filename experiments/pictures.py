@@ -2,11 +2,9 @@
 
     python -m experiments.pictures runs/shapes/checkpoint.pt    all
     python -m experiments.pictures                              those that need no checkpoint
-
-Curves and maps are drawn by the functions of experiments/report.py.
 """
 import argparse
-import csv
+import math
 import textwrap
 from pathlib import Path
 
@@ -15,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from coca import BEGIN, END, PAD, causal_mask, text_mask
-from data import UserError, run_program, to_model
+from data import UserError, note, replacing, run_program, to_model
 from eval import load_checkpoint, load_split
 from experiments.ablations import LINES, read_lines, values_of
-from experiments.bench import ENTROPY
-from experiments.report import attention_maps, chart, heat, picture, spread, tag
+from experiments.draw import attention_maps, chart, heat, picture, spread, tag
+from experiments.entropy import ENTROPY, read_entropy
 from experiments.variants import (
     BOTH_WAYS,
     IMAGES,
@@ -92,13 +90,18 @@ def draw_scenes(model, tokenizer, val):
 
 @torch.no_grad()
 def draw_attention(model, tokenizer, val):
-    """One scene of two things, and where the model looks as it writes each word."""
+    """One scene of two things, and where the model looks: as it writes each word, and for its image
+    embedding; without what it never learned.
+    """
+    c = model.config
     i = next(i for i, captions in enumerate(val.captions) if len(captions) == 2)
     x = to_model(torch.tensor(val.images[i:i + 1]))
-    tokens = model.generate(x)
+    tokens = model.generate(x, math.inf if c.lambda_cap else 1)  # 1: only BEGIN
     maps, _, embedding, _ = attention_maps(model, x, tokens)
-    grid = model.config.image_size // model.config.patch_size
-    cells = [("the scene", None), ("image embedding", embedding[0, 0])]
+    grid = c.image_size // c.patch_size
+    cells = [("the scene", None)]
+    if c.lambda_con:
+        cells.append(("image embedding", embedding[0, 0]))
     for token, weights in zip(tokens[0, 1:].tolist(), maps[0]):
         if token != PAD:
             cells.append((tokenizer.words[token], weights))
@@ -152,12 +155,33 @@ def draw_mask(model, tokenizer):
 
 
 def draw_losses(checkpoint):
+    """Of the losses that were learned."""
     column = dict(zip(checkpoint["metrics_names"], checkpoint["metrics"].numpy().T))
     drawn = {}
     for title, name in (("Contrastive loss, Eq. (2)", "loss_con"),
                         ("Captioning loss, Eq. (3)", "loss_cap")):
-        drawn[title] = chart(title, column["images"], {"in training": column[name]})
-    return charts("Both losses over images seen", drawn)
+        if column[name].any():
+            drawn[title] = chart(title, column["images"], {"in training": column[name]})
+    return charts("The losses over images seen", drawn)
+
+
+def from_checkpoint(path):
+    """-> {name: SVG} of what the checkpoint has learned, with notes on what is left out."""
+    model, tokenizer, checkpoint = load_checkpoint(path)
+    if checkpoint["settings"]["data"] != "shapes":
+        raise UserError(f"{path} learned from photographs of other people, which are not drawn; "
+                        "give a checkpoint of scenes")
+    val = load_split(model, checkpoint["settings"], "val")
+    pages = {"attention": draw_attention(model, tokenizer, val), "mask": draw_mask(model, tokenizer)}
+    if model.config.lambda_cap:
+        pages["scenes"] = draw_scenes(model, tokenizer, val)
+    else:
+        note("scenes left out: the checkpoint was trained with --lambda-cap 0, it writes no captions")
+    if checkpoint["step"] > 1:
+        pages["losses"] = draw_losses(checkpoint)
+    else:
+        note("losses left out: the run has fewer than two steps")
+    return pages
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,10 +227,8 @@ def draw_masks():
 # From what was measured
 
 
-def draw_entropy(file):
-    """Means over the seeds of bench.py entropy."""
-    with open(file, newline="") as f:
-        rows = list(csv.DictReader(f))
+def draw_entropy(rows):
+    """Means over the seeds of entropy.py's lines."""
     seen = sorted({int(row["images"]) for row in rows})
     drawn = {}
     for title, column in (("Entropy of the pooler's attention, nats", "entropy"),
@@ -229,7 +251,8 @@ def draw_ablations(file):
         for variant in TABLES[row][1][1:]:
             names[variant] = f"({row}) {VARIANTS[variant].what}"
     runs = []
-    for line in read_lines(file).values():
+    lines_there, _ = read_lines(file)
+    for line in lines_there.values():
         same = line["data"] == "shapes" and int(line["images"]) == IMAGES["b"]
         if same and line["variant"] in names:
             runs.append(line)
@@ -273,29 +296,25 @@ def score_panel(runs, score, variants, bottom):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 usage="python -m experiments.pictures [CHECKPOINT] [options]")
-    p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py, on scenes")
+    p.add_argument("checkpoint", nargs="?", help="OUT/checkpoint.pt of train.py, on scenes, or OUT")
     p.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "assets",
                    help="folder, whose pictures are drawn anew (default: assets)")
     args = p.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{args.out}: no folder ({e.strerror}); give another --out") from None
     pages = {"masks": draw_masks()}
     if args.checkpoint:
-        model, tokenizer, checkpoint = load_checkpoint(args.checkpoint)
-        if checkpoint["settings"]["data"] != "shapes":
-            raise UserError(f"{args.checkpoint} learned from photographs of other people, which are "
-                            "not drawn; give a checkpoint of scenes")
-        val = load_split(model, checkpoint["settings"], "val")
-        pages["scenes"] = draw_scenes(model, tokenizer, val)
-        pages["attention"] = draw_attention(model, tokenizer, val)
-        pages["mask"] = draw_mask(model, tokenizer)
-        pages["losses"] = draw_losses(checkpoint)
+        pages.update(from_checkpoint(args.checkpoint))
     if ENTROPY.exists():
-        pages["entropy"] = draw_entropy(ENTROPY)
+        pages["entropy"] = draw_entropy(read_entropy())
     if LINES.exists():
         pages["ablations"] = draw_ablations(LINES)
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, svg in pages.items():
         path = args.out / f"{name}.svg"
-        path.write_text(svg, encoding="utf-8")
+        with replacing(path) as f:
+            f.write(svg.encode())
         print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
 
 

@@ -74,8 +74,7 @@ def find_tables(source):
         return {seen[0]: ""}  # to say what is wrong with it
     names = ", ".join(path.name for path in seen[:3]) + ", ..." * (len(seen) > 3)
     raise UserError(f"{source}: one table of captions is needed, and {len(found)} are among "
-                    f"{names or 'no files'} (Excel's and Parquet's files are not read); name one: "
-                    "python -m experiments.tables FILE")
+                    f"{names or 'no files'} (Excel's and Parquet's are not read); name one FILE")
 
 
 def split_of(name):
@@ -108,11 +107,8 @@ def flickr8k_lists(folder):
     return {name: split for split in lists if whole for name in read_text(lists[split]).split()}
 
 
-# Kinds of tables: all become the names of columns, and lines: (where it stands, its cells)
-
-
 def open_table(path):
-    """-> plain names of the columns, the lines, is it JSON? A UserError if it is no table."""
+    """-> plain names of the columns; lines, each (where it stands, cells); is it JSON?"""
     with one_error(path):
         with open(path, "rb") as f:
             head = f.read(1000)
@@ -145,8 +141,7 @@ def text_table(text):
     lines = csv_lines(text, delimiter)
     if first.startswith(("sep=", '"sep=')):  # Excel's, on a line before the header
         next(lines)
-    _, header = next(lines, ("", []))
-    return header, lines
+    return next(lines, ("", []))[1], lines  # the header
 
 
 def csv_lines(text, delimiter, quoting=csv.QUOTE_MINIMAL):
@@ -361,8 +356,7 @@ def convert(source, folder):
             rows += [[image, " ".join(text.split()), split] for text in captions if text.strip()]
     if missing:
         names = ", ".join(name[:60] or "(no name)" for name in [*missing][:3])
-        note(f"{len(missing)} pictures are not there, as these: {names}; their "
-             f"{missing.total()} captions are left out")
+        note(f"{len(missing)} pictures missing, as {names}; {missing.total()} captions left out")
     if not rows:
         raise UserError(f"{source}: no captions of pictures that are there; nothing is made")
     return rows
@@ -375,12 +369,11 @@ def write(rows, file):
         with f:
             writer = csv.writer(f, lineterminator="\n")
             writer.writerows([columns, *(row[:len(columns)] for row in rows)])
-        counts = [len(captions_table(file.parent, part)[0]) for part in ("train", "val")]
+        learn, test = (len(captions_table(file.parent, part)[0]) for part in ("train", "val"))
     except BaseException:  # Ctrl-C, too
         file.unlink()
         raise
-    print(f"{file}: {len(rows):,} captions, {counts[0]:,} pictures to learn from, {counts[1]:,} to "
-          "evaluate on")
+    print(f"{file}: {len(rows)} captions, {learn} pictures to learn from, {test} to evaluate on")
 
 
 def main(argv=None):

@@ -1,17 +1,20 @@
 """What compares and draws: a run leaves its line and is not run again; words are well chosen."""
 import csv
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from xml.dom import minidom
 
+import numpy as np
 import pytest
 import torch
 from helpers import CONTROL, fails, refused
-from toys import few_scenes
+from toys import few_scenes, save_checkpoint, toy_checkpoint
 
 import train
 from coca import BEGIN, END, PAD, causal_mask, text_mask
+from data import Dataset, UserError, note
 from experiments import ablations, pictures, variants
 from experiments.ablations import verdict
 from experiments.variants import TABLES, VARIANTS
@@ -27,6 +30,10 @@ def small(monkeypatch):
     monkeypatch.setattr(variants.FROZEN_QUESTIONS, "steps", 2)
     monkeypatch.setattr(variants, "need_scene_words", lambda tokenizer: None)
     monkeypatch.setitem(VARIANTS, "default", VARIANTS["default"]._replace(tasks=variants.BASICS))
+    monkeypatch.setattr(ablations, "commit", lambda: "now")
+    ablations.fingerprint_of.cache_clear()
+    yield
+    ablations.fingerprint_of.cache_clear()
 
 
 def run(out, *flags):
@@ -68,17 +75,96 @@ def test_a_run_leaves_its_line_and_is_not_run_again(tmp_path, monkeypatch, capsy
         run(out, "--rows", "e", "--seeds", "1")
 
 
+def at_once(job, data_dir):
+    return {**job._asdict(), "seconds": 1}
+
+
+def test_what_a_run_says_reaches_the_screen_but_for_the_tables_of_scores(tmp_path, monkeypatch, capsys):
+    def halves_and_a_note(s):
+        note("half of them")
+        return variants.halves(s)
+
+    variant = VARIANTS["default"]._replace(data=halves_and_a_note)
+    monkeypatch.setitem(VARIANTS, "default", variant)
+    monkeypatch.setitem(TABLES, "e", ("x", ["default"]))
+    run(tmp_path / "ablations.csv", "--rows", "e")
+    out, err = capsys.readouterr()
+    assert "note: half of them" in err and "note: default, seed 0: " in err
+    assert "chance" not in out and "generated:" not in out
+    monkeypatch.setattr(train, "learning_rate", lambda *args: float("nan"))
+    refused("try a smaller --lr", run, tmp_path / "other.csv", "--rows", "e")
+    job = ablations.make_job("default", "shapes", IMAGES, 0)
+    with pytest.raises(SystemExit):
+        ablations.perform(job._replace(flags="--nonsense"), None)
+    assert "error: unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+def test_lines_count_if_they_are_of_the_present_commit_or_proved_equal(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "ablations.csv"
+    performed = []
+    monkeypatch.setattr(ablations, "perform", lambda *args: performed.append(args) or at_once(*args))
+    monkeypatch.setattr(ablations, "EQUAL", {"equal"})
+
+    def runs_at(commit):
+        performed.clear()
+        monkeypatch.setattr(ablations, "commit", lambda: commit)
+        run(out, "--rows", "e")
+        return len(performed)
+
+    assert runs_at("old") == 2 and runs_at("old") == 0
+    capsys.readouterr()
+    assert runs_at("equal") == 2 and runs_at("new") == 0  # proved equal
+    table, err = capsys.readouterr()
+    assert "note: 2 lines of commit old are left out" in err
+    assert "2 of 2 runs" in table and "commit equal\n" in table
+    monkeypatch.setattr(ablations, "EQUAL", set())
+    assert runs_at("new+") == 2  # control
+    assert [line["commit"] for line in lines_of(out)] == ["old"] * 2 + ["equal"] * 2 + ["new+"] * 2
+
+
+def test_other_data_are_other_runs(tmp_path, monkeypatch, capsys):
+    """The fingerprint is of names and captions, not of the folder."""
+    out = tmp_path / "ablations.csv"
+    images = np.zeros((2, 3, 1, 1), np.uint8)
+    folders = {"here": "a b", "copy": "a b", "longer": "a bc", "validation": "a c", "names": "a b"}
+
+    def load_data(s, split):
+        words = folders[s["data_dir"]].split()
+        words = words[:1] if split == "train" else words[1:]
+        return Dataset(images, [words, ["x"]], names=[s["data_dir"]] * (s["data_dir"] == "names"))
+
+    monkeypatch.setattr(ablations, "load_data", load_data)
+    monkeypatch.setattr(ablations, "perform", at_once)
+    for folder, runs in (("here", 3), ("copy", 3), ("longer", 6), ("validation", 9), ("names", 12)):
+        run(out, "--rows", "b", "--data", "cifar10", "--data-dir", folder)
+        assert len(lines_of(out)) == runs
+        assert "3 of 3 runs" in capsys.readouterr().out
+    folders["new"] = "d d"
+    run(out, "--rows", "b", "--data", "cifar10", "--data-dir", "new", "--table")
+    assert "0 of 3 runs" in capsys.readouterr().out
+    monkeypatch.undo()
+    refused("cifar10 needs --data-dir", run, out, "--rows", "b", "--data", "cifar10", "--table")
+
+
 def test_several_processes_do_each_run_once(tmp_path, monkeypatch):
     out = tmp_path / "ablations.csv"
     monkeypatch.setattr(ablations, "ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(ablations, "perform", lambda job, data_dir: {**job._asdict(), "seconds": 1})
+    monkeypatch.setattr(ablations, "perform", at_once)
+    monkeypatch.setenv("TQDM_DISABLE", "")
     run(out, "--rows", "b", "c", "--jobs", "2")
+    assert os.environ["TQDM_DISABLE"] == "1"  # for the processes: their bars would mix
     found = [line["variant"] for line in lines_of(out)]
     assert sorted(found) == sorted({*TABLES["b"][1], *TABLES["c"][1]})
 
+    def broken(job, data_dir):
+        raise UserError("one line")
+
+    monkeypatch.setattr(ablations, "perform", broken)
+    refused("one line", run, out, "--rows", "d", "--jobs", "2")
+
 
 def test_tables_share_the_default_run():
-    args = type("Args", (), dict(seeds=[0, 1, 2], data="shapes", images=None))
+    args = type("Args", (), dict(seeds=[0, 1, 2], data="shapes", data_dir=None, images=None))
     jobs = ablations.jobs_of(list(TABLES), args)
     assert len(jobs) == len(set(jobs)) == 3 * (len(VARIANTS) + 1)  # two budgets for the classifier
     assert {job.variant for job in jobs} == set(VARIANTS)
@@ -92,9 +178,9 @@ def test_tables_share_the_default_run():
 def test_a_table_is_of_its_own_runs(tmp_path, monkeypatch, capsys):
     """The classifier stands in two tables, with two budgets."""
     out = tmp_path / "ablations.csv"
-    args = type("Args", (), dict(seeds=[0], data="shapes", images=None))
+    args = type("Args", (), dict(seeds=[0], data="shapes", data_dir=None, images=None))
     for job in ablations.jobs_of(["a", "families"], args):
-        scores = {"accuracy": int(job.images) / 100_000, "val_cap": int(job.images), "commit": "x"}
+        scores = {"accuracy": int(job.images) / 100_000, "val_cap": int(job.images), "commit": "now"}
         ablations.append_line(out, {**job._asdict(), **scores})
     ablations.main(["--table", "--out", str(out), "--seeds", "0", "--rows", "a", "families"])
     of_a, of_families = capsys.readouterr().out.split("(families)")
@@ -120,6 +206,7 @@ def test_scores_are_those_of_the_tasks_and_both_ways_of_retrieval_count(monkeypa
 
 def test_the_runs_in_the_repository_are_found(monkeypatch, capsys):
     monkeypatch.undo()  # the real settings: another learning rate would be another run
+    monkeypatch.setattr(ablations, "commit", lambda: "")  # as without git
     ablations.main(["--table"])
     out = capsys.readouterr().out
     for row, (_, line) in TABLES.items():
@@ -136,6 +223,10 @@ def test_a_broken_csv_is_named(tmp_path):
     header, _ = out.read_text().split("\n", 1)
     out.write_text(header + "\ndefault,shapes\n")
     refused("line 2 is not whole", run, out, "--table")
+    out.write_text(header + "\n" + "x," * (len(ablations.COLUMNS) - 1) + "now\n")
+    refused("could not convert string to float", run, out, "--table")
+    out.write_bytes(b"\xff\xfe\0")
+    refused("cannot be read as text", run, out, "--table")
     refused("cannot be written", run, tmp_path)  # said before hours of work
 
 
@@ -231,3 +322,43 @@ def test_pictures_are_drawn(tmp_path):
     checkpoint["settings"]["data"] = "coco"
     torch.save(checkpoint, out + "/coco.pt")
     refused("photographs of other people", pictures.main, [out + "/coco.pt", "--out", out])
+
+
+LOSSES = [[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]]
+NO_CAPTIONING = [[1, 8, 4, 0, 4], [2, 16, 0.3, 0, 0.3]]
+
+
+@pytest.mark.parametrize("changes, rows, curves, maps, left_out", [
+    ({}, LOSSES, 2, True, []),
+    ({}, [], 0, True, ["losses"]),
+    (dict(lambda_cap=0.0), NO_CAPTIONING, 1, True, ["scenes"]),
+    (dict(lambda_con=0.0), LOSSES, 2, False, []),
+])
+def test_what_a_checkpoint_has_not_learned_is_left_out_and_said(
+        tmp_path, capsys, changes, rows, curves, maps, left_out):
+    save_checkpoint(tmp_path / "checkpoint.pt", *toy_checkpoint(**changes), rows=rows)
+    pictures.main([str(tmp_path), "--out", str(tmp_path)])
+    names = {"masks", "scenes", "attention", "mask", "losses", "entropy", "ablations"}
+    assert {path.stem for path in tmp_path.glob("*.svg")} == names - {*left_out}
+    assert re.findall("note: (.*) left out", capsys.readouterr().err) == left_out
+    if curves:
+        assert (tmp_path / "losses.svg").read_text().count("<polyline") == curves
+    attention = (tmp_path / "attention.svg").read_text()
+    assert ("image embedding" in attention) == maps
+    words = "scenes" not in left_out
+    assert (attention.count("<image") > 3) == words  # the scene, again below each map, and the maps
+
+
+def test_a_picture_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "masks.svg").write_text("mine")
+    refused("masks.svg: no folder", pictures.main, ["--out", str(tmp_path / "masks.svg")])
+
+    def full(*args):
+        raise OSError(28, "disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        refused("disk full", pictures.main, ["--out", str(tmp_path)])
+    assert (tmp_path / "masks.svg").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    pictures.main(["--out", str(tmp_path)])  # control
+    assert (tmp_path / "masks.svg").read_text() != "mine"

@@ -1,13 +1,10 @@
-"""What is timed and counted is what it says: a step, its work, captions, Eq. (2), the entropy."""
-import csv
+"""What is timed and counted is what it says: a step, its work, captions, Eq. (2)."""
 import functools
-import math
 import re
 
 import torch
 import torch.nn.functional as F
 from helpers import CONTROL, fails, words_of
-from toys import few_scenes
 
 import train
 from coca import END, CoCa, contrastive_loss
@@ -19,10 +16,13 @@ def test_a_step_is_measured(monkeypatch, capsys):
     monkeypatch.setitem(bench.CONFIGS, "small", config)
     monkeypatch.setattr(bench, "peak_flops", functools.partial(bench.peak_flops, size=64))
     bench.main(["step", "--config", "small", "--device", "cpu", "--batch-size", "2"])
-    kept = re.search(r"kept for backward (\S+) MiB, with --grad-checkpoint", capsys.readouterr().out)
-    assert kept
+    out, err = capsys.readouterr()
+    assert re.search(r"kept for backward (\S+) MiB, with --grad-checkpoint", out)
+    for what in ("a product of matrices", "small, a step of 2 images", "small, captioning 16 images"):
+        assert f"timing {what}: " in err
     bench.main(["grow", "--config", "small", "--device", "cpu"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "timing small, a step with vocab_size 26: " in err
     assert [line.split()[0] for line in out.splitlines()] == ["batch", "image_size", "text_len",
                                                               "vocab_size"]
     assert "image_size   4: " in out and ", 16: " in out
@@ -87,10 +87,12 @@ def test_the_query_of_a_video_is_weighed_against_the_encoder(monkeypatch, capsys
     config = CONTROL.config()  # width 16, one layer with an MLP of 64, 4 patches of 48 numbers
     monkeypatch.setitem(bench.CONFIGS, "small", config)
     bench.main(["query", "--config", "small", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert "timing small, the query: " in err and "timing small, the encoder: " in err
     tokens = 32 * 4
     encoder = tokens * (48 * 16 + 4 * 16**2 + 2 * 4 * 16 + 2 * 16 * 64)  # multiplications
     query = 4 * 2 * 16**2 + tokens * (2 * 16**2 + 2 * 16)
-    assert f"takes {query / encoder:.1%} of the encoder's" in capsys.readouterr().out
+    assert f"takes {query / encoder:.1%} of the encoder's" in out
 
 
 def test_blocks_of_rows_add_up_to_the_contrastive_loss(monkeypatch, capsys):
@@ -103,23 +105,9 @@ def test_blocks_of_rows_add_up_to_the_contrastive_loss(monkeypatch, capsys):
     shown = f"loss {loss:.4f}, gradient norm {x.grad.norm():.6f}"
     monkeypatch.setattr(train, "BLOCK", 5 * N)  # blocks of 5, 5 and 2 rows
     bench.contrastive_worker(0, 1, None, N, 4)
-    assert shown in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert shown in out and "timing 12 pairs, 1 processes: " in err
     monkeypatch.setattr(bench, "contrastive_loss", lambda *given: 2 * contrastive_loss(*given))
     bench.contrastive_worker(0, 1, None, N, 4)
     with fails:  # control
         assert shown in capsys.readouterr().out
-
-
-def test_the_entropy_is_watched_from_the_start_to_the_end(tmp_path, monkeypatch):
-    few_scenes(monkeypatch)
-    monkeypatch.setattr(bench, "ENTROPY", tmp_path / "entropy.csv")
-    watched = functools.partial(bench.watched, every=2, flags="--steps 3")
-    monkeypatch.setattr(bench, "watched", watched)
-    bench.bench_entropy([0, 1])
-    bench.bench_entropy([1])  # a seed that is measured again is there once
-    with open(bench.ENTROPY, newline="") as f:
-        lines = list(csv.DictReader(f))
-    assert [line["seed"] for line in lines] == 6 * ["0"] + 6 * ["1"]
-    assert [line["images"] for line in lines] == 4 * ["0", "16", "24"]
-    assert all(0 < float(line["entropy"]) < math.log(16) for line in lines)  # 16 patches
-    assert lines[0]["entropy"] != lines[3]["entropy"]  # the other start was there

@@ -1,10 +1,15 @@
 """python -m experiments: every task in one table, and your own clips where they are asked for."""
+import argparse
+import importlib
 import json
+import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import fails
 from toys import record_lessons, save_checkpoint, toy_checkpoint, write_clips
 
 import data
@@ -47,6 +52,8 @@ def test_every_task_runs_and_stands_in_the_table_with_its_chance(command, monkey
     assert command("--json", "scores.json") is None
     captured = capsys.readouterr()
     assert "left out" not in captured.err
+    said = re.findall(r"task (\d+) of (\d+): (.*)", captured.err)
+    assert said == [(str(k), str(len(TASKS)), name) for k, name in enumerate(TASKS, 1)]
     scores = json.loads(Path("scores.json").read_text())
     for what in ("zero-shot top-1", "image to text R@1", "BLEU-4", "frozen, new pooler", "finetuned",
                  "video to text R@1", "video, frozen", "video order, frozen", "questions",
@@ -63,12 +70,13 @@ def test_clips_are_what_the_video_task_learns(command, monkeypatch, tmp_path, ca
     lessons = record_lessons(monkeypatch, video)
     folder = write_clips(tmp_path / "clips", run=12, walk=12)
     assert command("--task", "video", "--clips", str(folder)) is None
-    assert "video, from scratch" in capsys.readouterr().out and len(lessons) == 3
-    for lesson in lessons:
-        assert np.array_equal(lesson.train[0][0], own_clips(folder, 8)[0].images)
+    out, err = capsys.readouterr()
+    assert "video, from scratch" in out and len(lessons) == 3 and "task 1 of 1: video" in err
+    finetuned = lessons[1].train[0][0]
+    assert np.array_equal(finetuned, own_clips(folder, 8)[0].images)
     lessons.clear()
     assert command("--task", "video") is None  # control: without
-    assert lessons[0].train[0][0].shape == (300, 8, 3, 8, 8)
+    assert lessons[1].train[0][0].shape == (300, 8, 3, 8, 8)
 
 
 def test_clips_that_nothing_learns_or_that_are_not_there_are_refused_before_the_work(
@@ -86,3 +94,47 @@ def test_a_json_file_is_not_overwritten(command, capsys):
     assert command("--json", "scores.json") == "2"
     assert "is there already" in capsys.readouterr().err.splitlines()[-1]
     assert Path("scores.json").read_text() == "mine"
+
+
+# Commands
+
+COMMANDS = ["__main__", "ablations", "bench", "entropy", "open_clip", "pictures", "report"]
+
+
+@pytest.fixture(params=COMMANDS)
+def parser(request, monkeypatch):
+    """The parser of a module's command."""
+    class Found(Exception):
+        pass
+
+    def parse_args(self, argv):
+        raise Found(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Found) as found:
+        importlib.import_module(f"experiments.{request.param}").main([])
+    return found.value.args[0]
+
+
+def check_help(parser):
+    assert all(action.help for action in parser._actions)
+    text = " ".join(parser.format_help().split())
+    for nothing in ("None", "False", "[]"):
+        assert f"default: {nothing}" not in text
+
+
+def test_every_flag_has_a_help_and_no_default_that_says_nothing(parser):
+    check_help(parser)
+    for wrong in (None, "text (default: None)"):
+        parser.add_argument("--wrong", help=wrong)
+        with fails:  # control
+            check_help(parser)
+        parser._remove_action(parser._actions[-1])
+        parser._option_string_actions.pop("--wrong")
+
+
+@pytest.mark.parametrize("module", ["draw", "understanding", "variants", "video"])
+def test_a_module_without_a_command_points_to_one(module):
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(video.__file__).with_name(f"{module}.py")), run_name="__main__")
+    assert "run: python -m experiments" in end.value.code and "\n" not in end.value.code

@@ -5,6 +5,7 @@ package is installed, a public size is compared, too, with random weights.
 """
 import gzip
 import json
+import pickle
 import re
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import fails, logits_of, refused
+from helpers import Bomb, fails, logits_of, refused
 from PIL import Image
 from record_open_clip import FILE, TEXTS, V, images, ramp, texts, weights
 
@@ -294,6 +295,25 @@ def test_a_saved_model_is_read(file):
     check(load_open_clip(file)[0])
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("module", [b"numpy._core.", b"numpy.core."])  # of numpy 2, of numpy 1
+def test_checkpoints_of_compiled_and_parallel_training_with_numpys_numbers_are_read(
+        file, prefix, module):
+    named = {prefix + name: tensor for name, tensor in WEIGHTS.items()}
+    numbers = [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)]
+    torch.save(dict(epoch=numbers, state_dict=named), file, _use_new_zipfile_serialization=False)
+    with pytest.raises(pickle.UnpicklingError):  # control
+        torch.load(file, weights_only=True)
+    content = file.read_bytes()
+    assert b"numpy._core." in content or b"numpy.core." in content
+    file.write_bytes(content.replace(b"numpy._core.", module).replace(b"numpy.core.", module))
+    check(load_open_clip(file)[0])
+    torch.save(dict(epoch=[*numbers, Bomb()], state_dict=named), file)
+    refused("cut off, or no weights", load_open_clip, file)
+    with pytest.raises(pytest.fail.Exception):  # control: it would explode
+        torch.load(file, weights_only=False)
+
+
 def test_safetensors_are_read_if_the_package_is_there(file, monkeypatch):
     path = file.with_suffix(".safetensors")
     with monkeypatch.context() as patch:
@@ -321,6 +341,8 @@ def without(*starts):
     ({**WEIGHTS, "text_decoder.cross_attn.0.ls_1.gamma": torch.ones(1)}, "built otherwise"),
     ({**WEIGHTS, "visual.proj": torch.ones(128, 64)}, "built otherwise"),
     ({**WEIGHTS, "epoch": 3}, "built otherwise"),
+    ({**WEIGHTS, 3: torch.ones(1)}, "cut off, or no weights"),
+    ({**WEIGHTS, "visual.conv1.weight": torch.ones(())}, "built otherwise"),
     ([torch.ones(1)], "cut off, or no weights"),
 ])
 def test_other_files_are_refused_with_what_they_seem_to_be(file, content, match):
@@ -344,8 +366,9 @@ def test_what_cannot_be_read_is_refused(file):
 def test_a_vocabulary_that_does_not_fit_is_refused(file):
     write_vocabulary(file.parent, PAIRS[1:])
     refused("it has 524 tokens, but the vocabulary beside it 523", load_open_clip, file)
-    file.with_name(VOCABULARY).write_bytes(b"no gzip")
-    refused("cannot be read", load_open_clip, file)
+    for content in (b"no gzip", gzip.compress(b"\xff"), gzip.compress(b"x" * 999)[:-9]):
+        file.with_name(VOCABULARY).write_bytes(content)
+        refused(f"{VOCABULARY}: .*get it again|save it as UTF-8", load_open_clip, file)
     file.with_name(VOCABULARY).unlink()
     refused("no such file", load_open_clip, file)
 

@@ -5,6 +5,7 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -17,11 +18,11 @@ from PIL import Image
 from toys import COLUMNS, SPECIAL, save_checkpoint, toy_checkpoint
 
 import eval as evaluation
-from coca import PAD
+from coca import BEGIN, END, PAD
 from data import Dataset, Tokenizer, to_model
 from experiments import report
 from experiments.draw import Html, attention_maps, chart, tag
-from experiments.report import confusions, loss_curves, table
+from experiments.report import HEAD, confusions, loss_curves, table
 
 HOSTILE = """<script>alert("1&amp;2")<img src=x onerror='x'>&"""  # a file may be called that, too
 CLASSES = [f"{HOSTILE} cat", "dog"]
@@ -96,10 +97,10 @@ def make(tmp_path, monkeypatch):
     for module in (evaluation, report):
         monkeypatch.setattr(module, "load_split", lambda model, s, split: parts[split])
 
-    def write(*flags, file="page.html", checkpoint="checkpoint.pt", **changes):
+    def write(*flags, file="page.html", checkpoint="checkpoint.pt", known=("cat", "dog"), **changes):
         rows = [[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]]
-        save_checkpoint(checkpoint, *toy_checkpoint([*SPECIAL, HOSTILE, "cat", "dog", "a"], **changes),
-                        rows=rows)
+        words = [*SPECIAL, HOSTILE, *known, "a"]
+        save_checkpoint(checkpoint, *toy_checkpoint(words, **changes), rows=rows)
         report.main([checkpoint, file, "--device", "cpu", *flags])
         return Path(file).read_text()
     return write
@@ -109,15 +110,16 @@ PICTURE = ("--image", f"{HOSTILE}.png")
 
 
 @pytest.mark.parametrize("flags, changes, there, absent", [
-    ((), {}, ["Zero-shot classification", "Retrieval", "captions exactly right"], ["is 0:"]),
+    ((), {}, ["Zero-shot classification", "Retrieval", "Chance: always the com"], ["is 0:"]),
     ((), dict(pooler="parallel"), ["3 queries"], ["is 0:"]),
     ((), dict(n_query=0), ["Retrieval"], ["3 queries"]),
     ((), dict(lambda_con=0.0), ["lambda_con is 0"], ["Zero-shot class", "image embedding"]),
     ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], ["<end>"]),
     ((), dict(lambda_cap=0.0, pooler="parallel"), ["image embedding"], ["3 queries"]),
     (PICTURE, {}, ["Captions and", f"{HOSTILE}.png"], ["Retrieval"]),
-    ((*PICTURE, "--find", "a cat", "dog"), {}, ["Images for “a cat”", "Find"], ["Labels"]),
-    ((*PICTURE, "--labels", "dog", f"{HOSTILE} cat"), {}, [f"Texts for {HOSTILE}.png", "Labels"], ["Find"])])
+    ((*PICTURE, "--find", "a cat", "dog"), {}, ["Images for “a cat”", "Find", "by chance"], ["Labels"]),
+    ((*PICTURE, "--labels", "dog", f"{HOSTILE} cat"), {},
+     [f"Texts for {HOSTILE}.png", "Labels", "chance: 0.500"], ["Find"])])
 def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(
         make, flags, changes, there, absent):
     text = make(*flags, **changes)
@@ -144,8 +146,25 @@ def test_a_page_is_never_written_over_another_file(make, monkeypatch, capsys):
         return page(*args)
 
     monkeypatch.setattr(report, "page", slow_page)
-    refused("late.html: cannot be written", make, file="late.html")
+    refused("late.html is there already", make, file="late.html")
     assert Path("late.html").read_text() == "mine" and Path("page.html").read_text() == before
+
+
+def test_a_report_says_what_it_wrote_and_its_curves_come_after_the_scores(make, capsys):
+    text = make()
+    assert f"page.html: {len(text.encode()) / 1024:,.0f} KB" in capsys.readouterr().out
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles[:2] == ["Scores", "Loss curves"] and len(titles) > 4
+    titles = re.findall("<h2>(.*?)</h2>", make(*PICTURE, "--find", "dog", file="own.html"))
+    assert titles == ["Find", "Captions and attention", "Loss curves", "Settings"]
+
+
+def test_confusions_are_among_the_classes_that_the_score_counts(make):
+    for known, classes in ((("cat", "dog"), CLASSES), (("cat",), CLASSES[:1])):
+        with mock.patch.object(report, "confusions", return_value=[]) as shown:
+            make(file=f"{len(known)}.html", known=known)
+        (predicted, data), _ = shown.call_args
+        assert data.classes == classes and len(predicted) == len(data.labels) == 3 * len(known)
 
 
 def test_the_data_are_those_of_the_checkpoint_or_of_the_flags():
@@ -233,7 +252,7 @@ def test_under_each_map_stand_its_word_and_probability():
     words = ["<pad>", "<begin>", "<end>", *[f"w{i}" for i in range(3, 13)]]
     tokens = model.generate(to_model(images))
     p = attention_maps(model, to_model(images), tokens)[1]
-    articles = report.captions_with_maps(model, Tokenizer(words), images.numpy(), "xyz")
+    articles = report.captions_with_maps(model, Tokenizer(words), images.numpy(), "xyz", [[]] * 3)
     lengths = (tokens != PAD).sum(1)
     assert lengths.min() < lengths.max()
     for row, share, n, article in zip(tokens, p, lengths, articles, strict=True):
@@ -243,6 +262,18 @@ def test_under_each_map_stand_its_word_and_probability():
         shown = Page(article).texts
         start = shown.index("image embedding")
         assert shown[start:][:len(expected) + 1] == [*expected, "The generative pooler's 3 queries"]
+
+
+@torch.no_grad()
+def test_a_caption_that_is_right_is_marked_and_no_other():
+    model = CONTROL.model()
+    images = (CONTROL.images()[:1] * 127.5 + 127.5).to(torch.uint8)
+    tokens = torch.tensor([[BEGIN, 4, 5, END]])
+    model.generate = lambda images, max_len: tokens
+    tokenizer = Tokenizer(["<pad>", "<begin>", "<end>", "<unk>", "red", "ring", *"abcdefg"])
+    for true, mark in ((["a b", "Red ring ."], "✓ "), (["red a", "ring red"], ""), ([], "")):
+        article, = report.captions_with_maps(model, tokenizer, images.numpy(), "x", [true])
+        assert f"<h3>{mark}red ring</h3>" in article
 
 
 # Curves, tables
@@ -275,6 +306,7 @@ def check_confusions(predicted, rows):
     data = Dataset(np.zeros((5, 3, 1, 1)), [], np.array([0, 0, 0, 2, 2]), ["a", "b", "c", "d"])
     page = Page("".join(confusions(predicted, data)))
     assert not page.faults and page.texts[4:] == rows
+    assert "chance, the commonest class, is right in 60.00%" in page.texts[0]
 
 
 def test_confusions_by_hand():
@@ -286,17 +318,34 @@ def test_confusions_by_hand():
         check_confusions([0, 1, 1, 2, 2], ["a", "b", "2 of 3", "c", "a", "1 of 2"])
 
 
-def test_retrieval_examples_show_the_nearest_first(monkeypatch):
+def test_retrieval_examples_show_the_nearest_first_and_mark_the_right_ones(monkeypatch):
     texts = F.normalize(torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]]), dim=-1)
     monkeypatch.setattr(report, "embed_texts", lambda *args: texts)
-    data = Dataset(np.zeros((2, 3, 1, 1), np.uint8), [["x", "y"], ["z"]])
+    model = SimpleNamespace(config=SimpleNamespace(text_len=9))
+    data = Dataset(np.zeros((2, 3, 1, 1), np.uint8), [["x", "y"], ["z", "Y"]])
     for images, of_image, of_text in (
-            (torch.eye(2), "x 1.000 y 0.600", "1.000 image 0: x 0.000 image 1: z"),
-            (torch.eye(2).flip(0), "z 1.000 y 0.800", "1.000 image 1: z 0.000 image 0: x")):
+            (torch.eye(2), "✓ x 1.000 ✓ y 0.600", "✓ 1.000 image 0: x 0.000 image 1: z"),
+            (torch.eye(2).flip(0), "z 1.000 ✓ y 0.800", "1.000 image 1: z ✓ 0.000 image 0: x")):
         monkeypatch.setattr(report, "embed_images", lambda *args, images=images: images)
-        shown = " ".join(Page("".join(report.nearest(None, None, data, best=2))).texts)
+        shown = " ".join(Page("".join(report.nearest(model, None, data, best=2))).texts)
         assert f"Texts for image 0: x text how near {of_image} Texts for" in shown
         assert f"Images for “x” {of_text}" in shown
+        assert "by chance 66.67% are" in shown  # 4 of 6 pairs
+
+
+def check_unbroken(cell, style=HEAD):
+    """No line break may fall into a cell of a table, or into the heads of columns."""
+    kind, = re.findall('<td class="(.*?)">', table("title", ["a", "b"], [["x", cell]]))
+    assert f".{kind}, [scope=col] {{ white-space: nowrap }}" in style
+
+
+def test_no_number_is_broken_but_long_texts_are():
+    for number in ("100.00%", "0.123", "-0.123", "12 of 1,000", 0.0015, 10_000_000, "1e-05"):
+        check_unbroken(number)
+    with fails:  # controls: a long text, and no such style
+        check_unbroken(f"/a/folder/{HOSTILE}")
+    with fails:
+        check_unbroken("100.00%", HEAD.replace("nowrap", "normal"))
 
 
 def test_the_cells_of_a_table_have_heads():

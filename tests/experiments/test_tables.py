@@ -159,6 +159,17 @@ def test_json_may_be_of_one_picture_or_of_none_and_names_in_captions_mean_nothin
         assert list(tables.read_table(source)) == [("entry 1", name or "", ["a\n2.png"], "")]
 
 
+def test_a_name_is_looked_up_once_and_a_folder_listed_once(tmp_path, monkeypatch):
+    make_pictures(tmp_path / "photos")
+    write(tmp_path, "a.csv", table(row="{stem},{quoted}"))
+    find, scandir = tables.Pictures.find, os.scandir
+    names, folders = [], []
+    monkeypatch.setattr(tables.Pictures, "find", lambda *args: names.append(args[1]) or find(*args))
+    monkeypatch.setattr(os, "scandir", lambda path: folders.append(str(path)) or scandir(path))
+    check_whole(convert(tmp_path))
+    assert len(names) == len(NAMES) and folders.count(str(tmp_path / "photos")) < 3
+
+
 @pytest.mark.parametrize("folder", [*tables.FOLDERS, "my photos"])
 def test_pictures_are_in_the_usual_folders_or_the_only_one_that_holds_them(tmp_path, folder):
     source = write(tmp_path, "captions.txt", table())
@@ -191,9 +202,9 @@ def test_pictures_that_are_not_there_are_left_out_and_counted(tmp_path, capsys):
     capsys.readouterr()
     check_whole(convert(tmp_path / "x"))
     said = capsys.readouterr()
-    assert "4 pictures are not there, as these: a.png, b.png, c.png; their 8 captions" in said.err
+    assert "4 pictures missing, as a.png, b.png, c.png; 8 captions left out" in said.err
     assert "coca.csv: 40 captions, 17 pictures to learn from, 3 to evaluate on" in said.out
-    for content, said in ((coco(unlisted=5), "(no name); their 5 captions"), (table(), "")):
+    for content, said in ((coco(unlisted=5), "(no name); 5 captions"), (table(), "")):
         (tmp_path / "x/coca.csv").unlink()
         write(tmp_path / "x", "captions.txt", content)
         check_whole(convert(tmp_path / "x"))
@@ -231,11 +242,11 @@ def test_the_only_table_is_read_several_are_listed_and_one_may_be_named(tmp_path
     out.mkdir()
     refused("x.json: line 1 must name", tmp_path, out)
     (tmp_path / "x.json").unlink()
-    refused("and 0 are among Expert.txt, LICENSE, b.bin .*name one: ", tmp_path, out)
+    refused("and 0 are among Expert.txt, LICENSE, b.bin .*name one FILE", tmp_path, out)
     for name, content in (("a.csv", table()), ("b.TSV", table()), ("any.json", karpathy()),
                           ("x.token.txt", TOKENS)):
         write(tmp_path, name, content)
-    refused("and 4 are among a.csv, any.json, b.TSV, ... .*name one: ", tmp_path, out)
+    refused("and 4 are among a.csv, any.json, b.TSV, ... .*name one FILE", tmp_path, out)
     refused("coca.csv is of the new form", tmp_path / "coca.csv", out)
     check_whole(convert(tmp_path / "b.TSV", out))
     write(tmp_path, "captions.txt", table(names=NAMES[:10]))  # goes first
@@ -374,4 +385,4 @@ def test_what_is_wrong_with_a_table_is_one_line_and_nothing_is_made(tmp_path, co
 
 
 def test_a_long_name_with_a_line_break_does_not_make_a_long_line(tmp_path):
-    refused("captions.csv: .*get it again", write(tmp_path, f"{250 * 'x'}/\n/captions.csv", ""), tmp_path)
+    refused("captions.csv: .*get it again", write(tmp_path, f"\n/{250 * 'x'}/captions.csv"), tmp_path)

@@ -7,13 +7,20 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import cases, fails, logits_of, refused
+from helpers import CONTROL, cases, fails, logits_of, refused
 from hypothesis import given
 from toys import WORDS, drawn_by, record_lessons, toy_checkpoint
 
-from data import COLOURS, captions_of, place, to_model
+from data import COLOURS, Dataset, DoesNotApply, captions_of, place, to_model
 from experiments import understanding
-from experiments.understanding import ANSWERS, decoder_states, entailment, questions
+from experiments.understanding import (
+    ANSWERS,
+    decoder_states,
+    entailment,
+    hide_images,
+    questions,
+    states_of_one_image,
+)
 
 
 @torch.no_grad()
@@ -27,6 +34,28 @@ def test_what_the_decoder_gives_is_seen_with_the_image_and_says_what_is_padding(
     assert not torch.allclose(states, decoder_states(model, 255 - images, tokens)[0])
     assert mask.shape == (len(tokens), 1, 1, tokens.shape[1])
     assert mask.flatten(1).sum(1).tolist() == case.lengths and mask[..., 0].all()
+
+
+def check_one_image_stands_for_all(case, hidden):
+    """Values and gradients, where the images are hidden."""
+    model, _, tokens = case.example()
+    images = (case.images() * 127.5 + 127.5).to(torch.uint8).numpy()
+    if hidden:
+        images = hide_images(Dataset(images, [])).images
+    found = []
+    for read in (decoder_states, states_of_one_image):
+        model.zero_grad()
+        states, mask = read(model, torch.from_numpy(images), tokens)
+        (states * mask[:, 0, 0, :, None]).square().sum().backward()
+        found.append([states, mask, *[p.grad for p in model.encoder.parameters()]])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@given(cases())
+def test_of_hidden_images_one_stands_for_all(case):
+    check_one_image_stands_for_all(case, hidden=True)
+    with fails:  # control
+        check_one_image_stands_for_all(CONTROL, hidden=False)
 
 
 # What one half says
@@ -196,7 +225,8 @@ def test_the_last_600_pairs_are_tested_and_never_learned_and_controls_hide_one_h
             assert len(images.unique()) == 1 or "image" not in hidden
             assert torch.equal(texts, tokens) == ("text" not in hidden)
             assert len(texts.unique(dim=0)) == 1 or "text" not in hidden
-            assert lesson.model is model and lesson.read is decoder_states
+            reads = states_of_one_image if "image" in hidden else decoder_states
+            assert lesson.model is model and lesson.read is reads
             assert lesson.recipe.encoder_lr == 2e-5 and lesson.recipe.lr == 5e-4
             assert lesson.classifier.linear.out_features == len(data.classes)
             if name == "questions" and "text" in hidden:
@@ -207,4 +237,6 @@ def test_the_last_600_pairs_are_tested_and_never_learned_and_controls_hide_one_h
 @pytest.mark.parametrize("word", ["cyan", "bar", "large", "bottom", "left"])
 def test_the_words_of_scenes_are_needed(word):
     words = [one for one in WORDS if one != word]
+    with pytest.raises(DoesNotApply):
+        understanding.understanding_task(*toy_checkpoint(words))
     refused("lacks words of generated scenes", understanding.understanding_task, *toy_checkpoint(words))

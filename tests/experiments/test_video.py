@@ -1,4 +1,5 @@
 """Videos: which clips there are, which of their frames count, who learns from what."""
+import pickle
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONTROL, fails, refused
+from helpers import CONTROL, Bomb, counting, fails, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -130,12 +131,13 @@ def test_frame_2_comes_before_frame_10(tmp_path):
     (lambda run: (run / "empty").mkdir(), "a clip without frames"),
     (lambda run: (run / "x.mp4").write_bytes(b"film"), "x.mp4.*folder of frames"),
     (lambda run: np.save(run / "x.npy", np.zeros((3, 8, 8), np.uint8)), r"\(3, 8, 8\)"),
-    (lambda run: np.save(run / "x.npy", np.array([{}], object)), "not a readable array"),
-    (lambda run: (run / "x.npy").write_bytes(b"\x93NUMPY"), "not a readable array"),
+    (lambda run: np.save(run / "x.npy", np.array([{}], object)), "x.npy: .*Python objects"),
+    (lambda run: (run / "x.npy").write_bytes(b"\x93NUMPY"), "x.npy: EOF"),
+    (lambda run: (run / "x.npy").write_bytes(pickle.dumps(Bomb())), "x.npy: "),
     (lambda run: (run / "clip0" / "0.png").write_bytes(b"no"), "not a readable image"),
     (lambda run: (run / "clip0.npy").mkdir() or run.rename(run.parent / ".run"), "1 classes with"),
     (lambda run: run.parent.rename(run.parent.with_name("gone")), "0 classes with clips")],
-    ids=["empty", "mp4", "flat", "objects", "cut off", "bad frame", "one class", "nowhere"])
+    ids=["empty", "mp4", "flat", "objects", "cut off", "bomb", "bad frame", "one class", "nowhere"])
 def test_bad_clips_are_one_clear_line(tmp_path, break_it, message):
     break_it(write_clips(tmp_path / "clips", run=3, walk=3) / "run")
     refused(message, own_clips, tmp_path / "clips", 8, 4)
@@ -160,7 +162,7 @@ def mine(folder):
 def test_frozen_is_frozen_finetuned_is_finetuned_and_all_see_as_many_clips(monkeypatch):
     model, lessons, _ = lessons_of(monkeypatch)
     for what, lesson in lessons.items():
-        assert lesson.recipe.lr > 0 and lesson.read is video.clip_tokens
+        assert lesson.recipe.lr > 0
         assert (lesson.recipe.encoder_lr > 0) == (what in ("video, finetuned", "video, from scratch"))
         assert (lesson.model is model) == (what != "video, from scratch")
         assert lesson.recipe.steps * lesson.recipe.batch == 4800
@@ -186,11 +188,26 @@ def test_from_scratch_starts_as_train_py_starts(monkeypatch, tmp_path, own):
         assert not same_tensors(lesson.model.encoder, other)
 
 
+@torch.no_grad()
 def check_lesson(lesson, data, test):
-    """It learns data and is scored on test."""
+    """It learns data and is scored on test. Where the model is frozen, their tokens are known."""
     for ((clips,), labels), expected in ((lesson.train, data), (lesson.test, test)):
-        assert np.array_equal(clips, expected.images) and np.array_equal(labels, expected.labels)
+        images = torch.from_numpy(expected.images)
+        if lesson.recipe.encoder_lr:
+            assert torch.equal(clips, images)
+        else:
+            tokens, = video.clip_tokens(lesson.model, images)
+            torch.testing.assert_close(lesson.read(lesson.model, clips), (tokens,))
+        assert (lesson.read is video.clip_tokens) == (lesson.recipe.encoder_lr > 0)
+        assert np.array_equal(labels, expected.labels)
     assert lesson.classifier.linear.out_features == len(data.classes)
+
+
+def test_the_frozen_encoder_sees_each_clip_once_for_all_that_read_its_tokens(monkeypatch):
+    with counting((video, "clip_tokens")) as (encode,):
+        lessons_of(monkeypatch)
+    seen = sum(len(call.args[1]) for call in encode.call_args_list)
+    assert seen == 300 + 1000  # to learn from and to be tested on
 
 
 def test_generated_clips_are_learned_from_and_others_tested(monkeypatch):
