@@ -1,6 +1,6 @@
 """Every task of Sec. 3.3 and 4.2 on a checkpoint, in one table.
 
-    python -m experiments runs/shapes/checkpoint.pt                       all
+    python -m experiments runs/shapes/checkpoint.pt                       all: 7 minutes on 2 cores
     python -m experiments runs/shapes/checkpoint.pt --task understanding  some
     python -m experiments runs/shapes/checkpoint.pt --task video --clips DIR   on your own videos
     python -m experiments runs/shapes/checkpoint.pt --json scores.json    scores for machines

@@ -41,6 +41,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.ablations")
+
 import torch
 from tqdm import tqdm
 
@@ -200,7 +203,7 @@ def read_csv(path, columns, numbers):
     with one_error(path), open(path, newline="", encoding="utf-8") as f:
         reader = csv.DictReader(f)
         if reader.fieldnames and reader.fieldnames != columns:
-            raise UserError(f"{path}: not the columns of this version; give another --out")
+            raise UserError(f"{path}: not the columns of this version; move it away")
         for line in reader:
             if None in line or None in line.values():
                 raise UserError(f"{path}: line {reader.line_num} is not whole; delete it")
@@ -364,8 +367,8 @@ def markdown(row, lines):
 def print_tables(rows, args):
     found, others = read_lines(args.out)
     for name, count in others.items():
-        note(f"{count} lines of commit {name or 'none'} are left out: their results may be others'; "
-             "if they are proved equal, add it to EQUAL")
+        note(f"{count} lines of commit {name or 'none'} left out: no proof that today's programs give "
+             "the same (EQUAL in experiments/ablations.py)")
     for row in rows:
         jobs = jobs_of([row], args)
         lines = [found[job] for job in jobs if job in found]

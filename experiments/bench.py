@@ -20,6 +20,9 @@ import statistics
 import sys
 import time
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.bench")
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

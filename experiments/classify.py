@@ -116,3 +116,7 @@ def robustness_task(model, tokenizer, s):
             score = accuracy(learner, tensors(changed))
             found[f"{name}: {how}"] = score, constant_answer(changed.labels)
     return found
+
+
+if __name__ == "__main__":
+    raise SystemExit("no command of its own; run: python -m experiments CHECKPOINT --task likelihood")

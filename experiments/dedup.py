@@ -11,6 +11,9 @@ import io
 import sys
 import time
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.dedup")
+
 import numpy as np
 import torch
 import torch.nn.functional as F

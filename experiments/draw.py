@@ -123,4 +123,4 @@ def attention_maps(model, images, tokens):
 
 
 if __name__ == "__main__":
-    raise SystemExit("no command of its own; run: python -m experiments.report CHECKPOINT FILE")
+    raise SystemExit("no command here; run: python -m experiments.report CHECKPOINT FILE")

@@ -10,6 +10,9 @@ import io
 import itertools
 from pathlib import Path
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.entropy")
+
 import torch
 from tqdm import tqdm
 

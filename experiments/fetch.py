@@ -8,6 +8,9 @@ import hashlib
 import tarfile
 from pathlib import Path
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.fetch")
+
 import torch
 
 from data import CIFAR, UserError, run_program

@@ -67,6 +67,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.open_clip")
+
 import numpy as np
 import torch
 import torch.nn as nn

@@ -8,6 +8,9 @@
 import argparse
 import json
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.own_pictures")
+
 import torch
 
 from data import UserError, note, note_lost, run_program, words

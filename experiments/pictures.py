@@ -8,6 +8,9 @@ import math
 import textwrap
 from pathlib import Path
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.pictures")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -172,11 +175,12 @@ def from_checkpoint(path):
         raise UserError(f"{path} learned from photographs of other people, which are not drawn; "
                         "give a checkpoint of scenes")
     val = load_split(model, checkpoint["settings"], "val")
-    pages = {"attention": draw_attention(model, tokenizer, val), "mask": draw_mask(model, tokenizer)}
+    pages = {"mask": draw_mask(model, tokenizer)}
+    pages["attention"] = draw_attention(model, tokenizer, val)
     if model.config.lambda_cap:
         pages["scenes"] = draw_scenes(model, tokenizer, val)
     else:
-        note("scenes left out: the checkpoint was trained with --lambda-cap 0, it writes no captions")
+        note("scenes left out: trained with --lambda-cap 0, the checkpoint writes no captions")
     if checkpoint["step"] > 1:
         pages["losses"] = draw_losses(checkpoint)
     else:

@@ -12,6 +12,9 @@ import math
 import os
 from collections import Counter
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.report")
+
 import torch
 
 from coca import PAD
@@ -149,8 +152,8 @@ def nearest(model, tokenizer, data, shown=4, best=5):
     right = {(name, texts[j]) for name, own in zip(names, of_image) for j in own}
     pictures = dict(zip(names, data.images))
     cosine = embed_images(model, data.images) @ embed_texts(model, tokenizer, texts).T
-    text = (f"By cosine, among {len(data):,} images and {len(texts):,} texts. {RIGHT}is right, as by "
-            f"chance {len(right) / len(data) / len(texts):.2%} are.")
+    text = (f"By cosine, among {len(data):,} images and {len(texts):,} texts. {RIGHT}is right, as "
+            f"by chance {len(right) / len(data) / len(texts):.2%} are.")
     some = spread(len(data), shown)
     found = ranked([names[i] for i in some], texts, cosine[some])
     parts = [tag("p", text), *texts_for_images(found, pictures, best, right)]
@@ -216,8 +219,8 @@ def article(model, tokenizer, image, name, true, ids, words, p, embedding, queri
 # The page
 
 
-CHANCE = ("Chance: always the commonest class; texts or images in random order; captions each scored "
-          "on another image, or all the same.")
+CHANCE = ("Chance: always the commonest class; texts or images in random order; captions each "
+          "scored on another image, or all the same.")
 
 
 def about_data(model, tokenizer, s, curves):

@@ -1,16 +1,13 @@
 """Tables of captions as people have them -> coca.csv, the one form that data.py reads.
 
-    python -m experiments.tables DIR               the table in DIR -> DIR/coca.csv
-    python -m experiments.tables FILE              this table, where DIR holds several
+    python -m experiments.tables DIR               the table in DIR, or FILE -> DIR/coca.csv
     python -m experiments.tables DIR --out FOLDER  -> FOLDER/coca.csv, where DIR is read-only
 
 Tables: lines with , ; | or tab between the cells, of which the first names the columns; lines of
 name<TAB>caption; JSON of Karpathy's, COCO's or LLaVA's form, or any list (or lines) of images and
-captions. In DIR, or else in a folder there: one table a split (train.csv, test.csv; captions_val
-.json, ...), captions.txt, or the only one there is.
-Pictures: below the table's folder or DIR, a usual folder there (Images/, ...) or the only folder
-there that has the name. Those that are not there are left out and counted.
-Splits: by the files' names, the table, or Flickr8k's lists. Without any, data.py chooses.
+captions. In DIR or a folder there: one a split (train.csv, test.csv), captions.txt, or the only one.
+Pictures: below the table's folder or DIR, a usual folder there (Images/, ...) or the only one that
+has the name; missing ones are left out and counted. Splits: by files' names, the table, or lists.
 """
 import argparse
 import ast
@@ -23,6 +20,9 @@ import re
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
+
+if not __package__:
+    raise SystemExit("run it as a module: python -m experiments.tables")
 
 from data import UserError, captions_table, note, one_error, run_program
 

@@ -192,4 +192,4 @@ def understanding_task(model, tokenizer, s):
 
 
 if __name__ == "__main__":
-    raise SystemExit("no command of its own; run: python -m experiments CHECKPOINT --task understanding")
+    raise SystemExit("no command here; run: python -m experiments CHECKPOINT --task understanding")

@@ -276,4 +276,4 @@ ONLY_IN = {"accuracy": ["a"], LINEAR: ["a", "families"], COST: ["b"],
 
 
 if __name__ == "__main__":
-    raise SystemExit("no command of its own; run: python -m experiments.ablations")
+    raise SystemExit("no command here; run: python -m experiments.ablations")

@@ -234,8 +234,9 @@ def untrained(model, seed, clips, whitening):
 
 
 def encoded(model, data):
-    """The same data with tokens (N, frames, P, D) in the place of images, for tasks that share them."""
-    tokens, = run_in_parts(functools.partial(clip_tokens, model), tensors(data)[0], device_of(model))
+    """The same data with tokens (N, frames, P, D) in the place of images."""
+    encode = functools.partial(clip_tokens, model)
+    tokens, = run_in_parts(encode, tensors(data)[0], device_of(model))
     return dataclasses.replace(data, images=tokens.cpu().numpy())
 
 
@@ -272,25 +273,20 @@ def video_task(model, tokenizer, s, clips=None):
         data, test, moves, test_moves = generated_clips(model, s)
         whitening = 0.0  # as train.py for scenes
     new = untrained(model, s["seed"], data.images, whitening)
-    seen = encoded(model, data)
-    seen_test = encoded(model, test)
     found = {
-        "video, frozen": learn_clips(model, s, seen, seen_test, VIDEO_FROZEN, read=as_encoded),
+        "video, frozen": learn_clips(model, s, data, test, VIDEO_FROZEN),
         "video, finetuned": learn_clips(model, s, data, test, VIDEO_FINETUNED),
         "video, from scratch": learn_clips(new, s, data, test, VIDEO_FINETUNED),
     }
     if not clips:
-        moves.images = seen.images  # the same clips
-        test_moves.images = seen_test.images
         found.update(order_of_frames(model, s, moves, test_moves))
     return found
 
 
 def order_of_frames(model, s, moves, test):
-    """Does the classifier see the direction? It is tested on each clip forwards and backwards.
-
-    moves and test: encoded.
-    """
+    """Does the classifier see the direction? It is tested on each clip forwards and backwards."""
+    moves = encoded(model, moves)
+    test = encoded(model, test)
     both_ways = dataclasses.replace(
         test, images=np.concatenate([test.images, test.images[:, ::-1]]),
         labels=np.concatenate([test.labels, 1 - test.labels]))
@@ -303,4 +299,4 @@ def order_of_frames(model, s, moves, test):
 
 
 if __name__ == "__main__":
-    raise SystemExit("no command of its own; run: python -m experiments CHECKPOINT --task video")
+    raise SystemExit("no command here; run: python -m experiments CHECKPOINT --task video")

@@ -79,7 +79,7 @@ def at_once(job, data_dir):
     return {**job._asdict(), "seconds": 1}
 
 
-def test_what_a_run_says_reaches_the_screen_but_for_the_tables_of_scores(tmp_path, monkeypatch, capsys):
+def test_what_a_run_says_reaches_the_screen_but_for_its_scores(tmp_path, monkeypatch, capsys):
     def halves_and_a_note(s):
         note("half of them")
         return variants.halves(s)
@@ -99,14 +99,18 @@ def test_what_a_run_says_reaches_the_screen_but_for_the_tables_of_scores(tmp_pat
     assert "error: unrecognized arguments: --nonsense" in capsys.readouterr().err
 
 
-def test_lines_count_if_they_are_of_the_present_commit_or_proved_equal(tmp_path, monkeypatch, capsys):
+def test_lines_count_of_the_present_commit_or_proved_equal(tmp_path, monkeypatch, capsys):
     out = tmp_path / "ablations.csv"
     performed = []
-    monkeypatch.setattr(ablations, "perform", lambda *args: performed.append(args) or at_once(*args))
     monkeypatch.setattr(ablations, "EQUAL", {"equal"})
+
+    def perform(*args):
+        performed.append(args)
+        return at_once(*args)
 
     def runs_at(commit):
         performed.clear()
+        monkeypatch.setattr(ablations, "perform", perform)
         monkeypatch.setattr(ablations, "commit", lambda: commit)
         run(out, "--rows", "e")
         return len(performed)
@@ -115,7 +119,7 @@ def test_lines_count_if_they_are_of_the_present_commit_or_proved_equal(tmp_path,
     capsys.readouterr()
     assert runs_at("equal") == 2 and runs_at("new") == 0  # proved equal
     table, err = capsys.readouterr()
-    assert "note: 2 lines of commit old are left out" in err
+    assert "note: 2 lines of commit old left out" in err
     assert "2 of 2 runs" in table and "commit equal\n" in table
     monkeypatch.setattr(ablations, "EQUAL", set())
     assert runs_at("new+") == 2  # control

@@ -133,7 +133,20 @@ def test_every_flag_has_a_help_and_no_default_that_says_nothing(parser):
         parser._option_string_actions.pop("--wrong")
 
 
-@pytest.mark.parametrize("module", ["draw", "understanding", "variants", "video"])
+def modules(with_command):
+    """Names of the modules of experiments/ that have a command, or have none."""
+    for path in sorted(Path(video.__file__).parent.glob("[a-z]*.py")):
+        if ("run_program(main)" in path.read_text()) == with_command:
+            yield path.stem
+
+
+@pytest.mark.parametrize("module", modules(with_command=True))
+def test_a_command_that_is_run_as_a_file_says_how_to_run_it(module):
+    with pytest.raises(SystemExit, match=f"^run it as a module: python -m experiments.{module}$"):
+        runpy.run_path(str(Path(video.__file__).with_name(f"{module}.py")), run_name="__main__")
+
+
+@pytest.mark.parametrize("module", modules(with_command=False))
 def test_a_module_without_a_command_points_to_one(module):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(Path(video.__file__).with_name(f"{module}.py")), run_name="__main__")

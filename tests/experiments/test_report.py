@@ -97,7 +97,8 @@ def make(tmp_path, monkeypatch):
     for module in (evaluation, report):
         monkeypatch.setattr(module, "load_split", lambda model, s, split: parts[split])
 
-    def write(*flags, file="page.html", checkpoint="checkpoint.pt", known=("cat", "dog"), **changes):
+    def write(*flags, file="page.html", checkpoint="checkpoint.pt", known=("cat", "dog"),
+              **changes):
         rows = [[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]]
         words = [*SPECIAL, HOSTILE, *known, "a"]
         save_checkpoint(checkpoint, *toy_checkpoint(words, **changes), rows=rows)
@@ -117,7 +118,8 @@ PICTURE = ("--image", f"{HOSTILE}.png")
     ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], ["<end>"]),
     ((), dict(lambda_cap=0.0, pooler="parallel"), ["image embedding"], ["3 queries"]),
     (PICTURE, {}, ["Captions and", f"{HOSTILE}.png"], ["Retrieval"]),
-    ((*PICTURE, "--find", "a cat", "dog"), {}, ["Images for “a cat”", "Find", "by chance"], ["Labels"]),
+    ((*PICTURE, "--find", "a cat", "dog"), {},
+     ["Images for “a cat”", "Find", "by chance"], ["Labels"]),
     ((*PICTURE, "--labels", "dog", f"{HOSTILE} cat"), {},
      [f"Texts for {HOSTILE}.png", "Labels", "chance: 0.500"], ["Find"])])
 def test_a_page_is_sound_and_closed_whatever_the_model_and_the_texts(

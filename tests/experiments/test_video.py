@@ -190,24 +190,26 @@ def test_from_scratch_starts_as_train_py_starts(monkeypatch, tmp_path, own):
 
 @torch.no_grad()
 def check_lesson(lesson, data, test):
-    """It learns data and is scored on test. Where the model is frozen, their tokens are known."""
+    """It learns data and is scored on test, by their pixels or by their tokens."""
     for ((clips,), labels), expected in ((lesson.train, data), (lesson.test, test)):
         images = torch.from_numpy(expected.images)
-        if lesson.recipe.encoder_lr:
+        if lesson.read is video.clip_tokens:
             assert torch.equal(clips, images)
         else:
-            tokens, = video.clip_tokens(lesson.model, images)
-            torch.testing.assert_close(lesson.read(lesson.model, clips), (tokens,))
-        assert (lesson.read is video.clip_tokens) == (lesson.recipe.encoder_lr > 0)
+            tokens = video.clip_tokens(lesson.model, images)
+            torch.testing.assert_close(lesson.read(lesson.model, clips), tokens)
+            assert not lesson.recipe.encoder_lr  # (else the encoder would not learn)
         assert np.array_equal(labels, expected.labels)
     assert lesson.classifier.linear.out_features == len(data.classes)
 
 
-def test_the_frozen_encoder_sees_each_clip_once_for_all_that_read_its_tokens(monkeypatch):
+def test_the_frozen_encoder_sees_each_clip_once_for_both_tasks_of_order(monkeypatch):
     with counting((video, "clip_tokens")) as (encode,):
-        lessons_of(monkeypatch)
+        _, lessons, _ = lessons_of(monkeypatch)
     seen = sum(len(call.args[1]) for call in encode.call_args_list)
-    assert seen == 300 + 1000  # to learn from and to be tested on
+    assert seen == 300 + 1000  # to learn from and to be tested on, the latter in both directions
+    for what, lesson in lessons.items():
+        assert (lesson.read is video.as_encoded) == what.startswith("video order")
 
 
 def test_generated_clips_are_learned_from_and_others_tested(monkeypatch):
