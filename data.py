@@ -75,7 +75,7 @@ def load(name, data_dir=None, split="train", size=32, subset=0, seed=0, val_from
     many training images are kept apart and take the place of the evaluation images (but not of
     scenes' "zeroshot" and "labelled-val").
     """
-    if name == "shapes" and data_dir:
+    if name == "shapes" and data_dir is not None:
         raise UserError("--data-dir is for files, but scenes are generated; name the --data, too")
     if name == "shapes" and not (val_from_train and split in ("train", "val")):
         return shapes(split, size, seed, subset)

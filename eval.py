@@ -654,7 +654,7 @@ def settings_of(args, checkpoint):
     settings = dict(checkpoint["settings"])
     if args.data and args.data != settings["data"]:
         settings.update(data=args.data, data_dir=None, val_from_train=0)
-    if args.data_dir:
+    if args.data_dir is not None:
         settings["data_dir"] = args.data_dir
     return settings
 
@@ -719,7 +719,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).cpu()
     except Exception as e:  # each device raises a kind of its own
-        why = str(e).splitlines()[0]
+        why = str(e).splitlines()[0][:60]
         raise UserError(f"--device {name}: cannot be used here ({why}); leave it out") from None
     return name
 

@@ -196,8 +196,8 @@ def measure(data, evaluation, most=1000):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 prog="python -m experiments.dedup", usage="%(prog)s [options]")
-    p.add_argument("--data", choices=NAMES, default="shapes")
-    p.add_argument("--data-dir")
+    p.add_argument("--data", choices=NAMES, default="shapes", help="which (default: shapes)")
+    p.add_argument("--data-dir", help="folder of their files")
     p.add_argument("--size", type=int, default=32, help="pixels a side (default: 32)")
     p.add_argument("--threshold", type=float,
                    help=f"least cosine of thumbnails, between 0 and 1 (default: {THRESHOLD})")
