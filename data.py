@@ -43,7 +43,7 @@ class Dataset:
     captions: list  # N lists of texts; training draws one, validation takes the first, tasks all
     labels: np.ndarray = None  # (N,) class of each image, where there are classes
     classes: list = field(default_factory=list)  # their names
-    templates: list = field(default_factory=list)  # prompts for the names: "a photo of a {}."
+    templates: tuple = ("{}",)  # prompts for the names: "a photo of a {}."
     names: list = field(default_factory=list)  # N file names, where images are files
     augment: bool = False  # crop and flip in training
     source: str = "data of your own"  # what they are, such as the file that names them
@@ -266,7 +266,7 @@ class Batches:
 
 def names_a_side(text):
     """Does the text say left or right, as in left-handed and rightmost, too?"""
-    parts = "-".join(words(text)).split("-")
+    parts = "-".join(words(text)).replace("'", "-").split("-")
     return not {"left", "right", "leftmost", "rightmost"}.isdisjoint(parts)
 
 
@@ -790,8 +790,8 @@ def table_rows(table):
 
 def held_out(paths):
     """About one picture in ten for evaluation, at least one, by a hash of its path below the folder
-    that all share. So moving that folder changes no split, and a new file moves no old one (but the
-    one that is chosen where no hash is small enough).
+    that all share. So moving that folder changes no split, and a new file in it moves no old one
+    (but the one that is chosen where no hash is small enough).
     """
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     digest = {}

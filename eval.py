@@ -628,9 +628,9 @@ def read_images(files, size):
 
 def add_common_flags(p):
     """Flags that experiments/ have, too."""
-    p.add_argument("checkpoint", help="OUT/checkpoint.pt of train.py")
+    p.add_argument("checkpoint", help="OUT of train.py, or its checkpoint.pt")
     p.add_argument("--data", choices=NAMES, help="default: what it was trained on")
-    p.add_argument("--data-dir", help="folder of the data (default: as in training)")
+    p.add_argument("--data-dir", help="where the data are now (default: as in training)")
     p.add_argument("--json", metavar="FILE", type=new_file, help="also write the scores there")
     p.add_argument("--device", default="auto",
                    help="cuda, mps or cpu (default: the first there is)")

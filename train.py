@@ -308,8 +308,8 @@ PARTS = {  # what --train and --fresh name
 # Settings
 
 # On --resume: these change the result by rounding at most
-MAY_CHANGE = ["data_dir", "accum", "grad_checkpoint", "compile"]
-NOT_KEPT = ["help", "out", "resume", "device", "own"]
+MAY_CHANGE = "data data_dir accum grad_checkpoint compile".split()  # (the data: see check_data)
+NOT_KEPT = "help out resume device last_file".split()
 SAVE_EVERY = 30  # seconds; longer if saving would take over 5 % of the time
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 80 columns
 
@@ -359,7 +359,7 @@ def parse_args(argv=None):
          help="torch.compile: worth its minute for large models on a GPU")
 
     given = p.parse_args(argv)
-    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None, own=None)
+    p.set_defaults(**asdict(CONFIGS["tiny"]), fingerprint=None, last_file=None)
     p.set_defaults(**PRESETS[given.data])
     if given.config:
         p.set_defaults(**asdict(CONFIGS[given.config]))
@@ -371,7 +371,7 @@ def parse_args(argv=None):
     source = None
     if given.resume:
         path = Path(given.out) / "checkpoint.pt"
-        p.set_defaults(own=stamp(path))
+        p.set_defaults(last_file=stamp(path))
         source = load_checkpoint(path)
         p.set_defaults(**source[2]["config"])
         p.set_defaults(**source[2]["settings"])
@@ -423,7 +423,7 @@ def main(argv=None, load_data=load_data):
     if rank == 0:
         if not s.resume:
             s.out = new_folder(s.out, s.data)
-        if s.data == "shapes" and data.source != "generated scenes":
+        if not s.data_dir and data.source != "generated scenes":
             s.data = data.source  # of another load_data
         describe(s, model, batches)
         print(f"after a stop go on with: {command_to_go_on(s, world)}")
@@ -438,7 +438,7 @@ def main(argv=None, load_data=load_data):
         evaluate(model, tokenizer, {**vars(s), "load_data": load_data}, notes=False)
         if data.augment and s.lambda_cap:
             print(f"next:  python eval.py {out} --image YOUR.jpg")
-        else:
+        elif s.data in NAMES:
             print(f"next:  python -m experiments.report {out} report.html")
     if world > 1:
         dist.destroy_process_group()
@@ -639,7 +639,7 @@ def save(s, model, tokenizer, optimizer, val, rows):
             raise UserError(f"step {len(rows)}: validation losses {rows[-1][-2:]}; try a smaller "
                             "--lr")
     path = Path(s.out) / "checkpoint.pt"
-    if stamp(path) != s.own:
+    if stamp(path) not in (None, s.last_file):
         raise UserError(f"{path} is another run's now and stays as it is; what this run did after "
                         "its last save is lost. Give each run an --out of its own")
     settings = {name: value for name, value in vars(s).items() if name not in NOT_KEPT}
@@ -652,7 +652,7 @@ def save(s, model, tokenizer, optimizer, val, rows):
     torch.save(checkpoint, content)
     with replacing(path) as f:
         f.write(content.getbuffer())
-    s.own = stamp(path)
+    s.last_file = stamp(path)
     with replacing(Path(s.out) / "metrics.csv") as f:
         np.savetxt(f, rows, "%.9g", ",", header=",".join(METRICS), comments="")
     return time.time() - began

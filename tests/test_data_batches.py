@@ -209,7 +209,7 @@ def test_equal_classes_get_equal_prompts_in_a_batch():
 @pytest.mark.parametrize("text, flips", [
     ("it is left", False), ("the Right side", False), ("a dog", True), ("leftover", True),
     ("a left-handed man", False), ("the right-most dog", False), ("the LEFTMOST one", False),
-    ("rightmost.", False), ("upper-right", False), ("brightly lit", True)])
+    ("rightmost.", False), ("upper-right", False), ("the 'left' side", False), ("brightly lit", True)])
 def test_pictures_are_cropped_from_a_grey_border_and_mirrored_unless_it_says_left(text, flips):
     originals = np.random.default_rng(0).integers(0, 256, (30, 3, 16, 16), np.uint8)
     padded = np.pad(originals, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=128)

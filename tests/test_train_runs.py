@@ -157,6 +157,7 @@ def test_data_of_ones_own_are_learned_scored_at_the_end_and_needed_to_go_on(tmp_
     refused("my pictures: not one of", evaluation.main, [str(tmp_path), "--device", "cpu"])
     train.main([*flags, "--resume"], of_ones_own)
     refused("my pictures: not one of", train.main, [*flags, "--resume"])
+    train.main(["--data", "captions", *flags, "--resume"], of_ones_own)  # named for its settings
     with pytest.raises(UserError, match="the data are not those"):  # only evaluated on others
         train.main([*flags, "--resume"], lambda s, split: of_ones_own(s, "train"))
 
@@ -347,6 +348,17 @@ def test_two_runs_in_one_folder_do_not_write_over_each_other(tmp_path, monkeypat
     monkeypatch.setattr(train, "stamp", lambda path: None)
     with fails:  # control
         check_both_kept(tmp_path, monkeypatch, tmp_path / "again")
+
+
+def test_a_run_whose_checkpoint_was_taken_away_saves_again(tmp_path, monkeypatch):
+    def take_away(number):
+        if number == 3:
+            (tmp_path / "checkpoint.pt").unlink()
+
+    quick.slow_steps(monkeypatch)
+    quick.before_each(monkeypatch, torch.optim.AdamW, "step", take_away)
+    run(tmp_path, "--steps 4")
+    check_whole(tmp_path, 4)
 
 
 def test_a_new_run_saves_nothing_over_another_that_was_faster(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ REFUSED = [
 for name in ("code", "sizes", "list", "short"):
     REFUSED.append((f"--out new --init {name}/checkpoint.pt", "not a checkpoint"))
     REFUSED.append((f"--out {name} --resume", "not a checkpoint"))
-for flag in ("--lr 1", "--steps 8", "--seed 1", "--batch-size 4", "--subset 3", "--data cifar10",
+for flag in ("--lr 1", "--steps 8", "--seed 1", "--batch-size 4", "--subset 3",
              "--val-from-train 3", "--config base", "--init x", "--fresh encoder",
              "--train encoder",
              "--lambda-con 3", "--lambda-cap 2", "--pooler cascade", "--n-query 2", "--n-uni 2",
