@@ -308,7 +308,7 @@ PARTS = {  # what --train and --fresh name
 # Settings
 
 # On --resume: these change the result by rounding at most
-MAY_CHANGE = "data data_dir accum grad_checkpoint compile".split()  # (the data: see check_data)
+MAY_CHANGE = "data data_dir accum grad_checkpoint compile".split()  # (data: see check_data)
 NOT_KEPT = "help out resume device last_file".split()
 SAVE_EVERY = 30  # seconds; longer if saving would take over 5 % of the time
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 80 columns
@@ -439,7 +439,7 @@ def main(argv=None, load_data=load_data):
         if data.augment and s.lambda_cap:
             print(f"next:  python eval.py {out} --image YOUR.jpg")
         elif s.data in NAMES:
-            print(f"next:  python -m experiments.report {out} report.html")
+            print(f"next:  python -m experiments.report {out} {out}.html")
     if world > 1:
         dist.destroy_process_group()
 
@@ -497,12 +497,12 @@ def run_steps(s, model, tokenizer, optimizer, batches, val, rows, rank, world):
                 saving = save(s, model, tokenizer, optimizer, val, rows)
                 saved = time.time()
                 if rows:
-                    validated = " val {:.3g} {:.3g}".format(*rows[-1][-2:])
+                    validated = " val {:.3f} {:.3f}".format(*rows[-1][-2:])
             total = s.lambda_con * con + s.lambda_cap * cap
             rows.append([step + 1, (step + 1) * s.batch_size, con, cap, total,
                          learning_rate(step, s.lr, s.steps), model.temperature.item(),
                          time.time() - began, math.nan, math.nan])
-            bar.set_postfix_str(f"con {con:.3g} cap {cap:.3g}{validated}", refresh=False)
+            bar.set_postfix_str(f"con {con:.3f} cap {cap:.3f}{validated}", refresh=False)
             bar.update()
     if rank == 0:
         save(s, model, tokenizer, optimizer, val, rows)
@@ -560,8 +560,8 @@ def join_processes(s):
         backend = "nccl"
         count = torch.cuda.device_count()
         if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
-            raise UserError(f"{count} GPUs for more processes of this machine; start {count} at "
-                            "most, or add --device cuda:0 to share one")
+            raise UserError(f"this machine has {count} GPUs for more processes; start fewer, or add "
+                            "--device cuda:0 to share one")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)
     if world > 1:

@@ -5,7 +5,7 @@
 
 Tables: lines with , ; | or tab between the cells, of which the first names the columns; lines of
 name<TAB>caption; JSON of Karpathy's, COCO's or LLaVA's form, or any list (or lines) of images and
-captions. In DIR or a folder there: one a split (train.csv, test.csv), captions.txt, or the only one.
+captions. In DIR or a folder there: one a split (train.csv, test.csv), captions.txt, or the only.
 Pictures: below the table's folder or DIR, a usual folder there (Images/, ...) or the only one that
 has the name; missing ones are left out and counted. Splits: by files' names, the table, or lists.
 """

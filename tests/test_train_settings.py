@@ -655,7 +655,7 @@ def test_processes_that_cannot_share_the_batch_or_the_gpus_are_refused(monkeypat
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(train.dist, "init_process_group", started.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    refused("2 GPUs for more processes .* start 2 at most", join, "cuda")
+    refused("has 2 GPUs for more processes; start fewer", join, "cuda")
     refused("--batch-size 7 cannot be cut into 3 equal shares", join, "cpu", 7)
     refused("cannot be cut into 3 equal shares of --accum 3 parts", join, "cpu", 6, 3)
     assert started == []
@@ -716,7 +716,7 @@ def test_settings_that_are_unusual_for_the_data_are_told_and_no_others(tmp_path,
 def test_what_was_saved_and_what_scores_it_is_said_before_the_scores(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", lambda *args, **how: print("SCORES"))
     for i, (own, next_step) in enumerate([
-            ("", "-m experiments.report {out} report.html"),
+            ("", "-m experiments.report {out} {out}.html"),
             (quick.own_images(tmp_path / "own"), "eval.py {out} --image YOUR.jpg")]):
         out = tmp_path / str(i)
         run(out, f"--steps 1 {own}")
