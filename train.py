@@ -560,7 +560,7 @@ def join_processes(s):
         backend = "nccl"
         count = torch.cuda.device_count()
         if int(os.environ["LOCAL_WORLD_SIZE"]) > count:
-            raise UserError(f"this machine has {count} GPUs, for more processes; start fewer or add "
+            raise UserError(f"{count} GPUs for more processes; start fewer, or add "
                             "--device cuda:0 to share one")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(s.device)

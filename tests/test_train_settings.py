@@ -655,7 +655,7 @@ def test_processes_that_cannot_share_the_batch_or_the_gpus_are_refused(monkeypat
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(train.dist, "init_process_group", started.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    refused("has 2 GPUs, for more processes; start fewer", join, "cuda")
+    refused("2 GPUs for more processes; start fewer", join, "cuda")
     refused("--batch-size 7 cannot be cut into 3 equal shares", join, "cpu", 7)
     refused("cannot be cut into 3 equal shares of --accum 3 parts", join, "cpu", 6, 3)
     assert started == []
