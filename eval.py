@@ -110,6 +110,8 @@ def constant_answer(labels):
 # ------------------------------------------------------------------------------------------------
 # Zero-shot classification (Sec. 3.3, Table 4)
 
+TIE = 1e-6  # cosines that differ by less are equal but for rounding
+
 
 def embed_classes(model, tokenizer, classes, templates=("{}",)):
     """-> (classes, E) unit norm. As in CLIP, a class is the mean of its prompts' embeddings."""
@@ -119,9 +121,6 @@ def embed_classes(model, tokenizer, classes, templates=("{}",)):
     text = embed_texts(model, tokenizer, prompts)                       # (classes * templates, E)
     text = text.unflatten(0, (len(classes), -1)).mean(1)                # (classes, E)
     return F.normalize(text, dim=-1)
-
-
-TIE = 1e-6  # cosines that differ by less are equal but for rounding
 
 
 def zero_shot(image_embedding, class_embedding):

@@ -116,6 +116,7 @@ def half_precision(device):
 # ------------------------------------------------------------------------------------------------
 # One batch in several parts, on one or many processes: the paper's N is 65,536
 
+
 def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
     """Leaves the gradient of Eq. (4) for the batch of *all* processes in the parameters.
 
@@ -218,7 +219,7 @@ def new_model(s, data, source=None):
     else:
         tokenizer = source[1]
     s.vocab_size = len(tokenizer)
-    torch.manual_seed(s.seed if source is None else fresh_seed(s.seed, source[0]))
+    torch.manual_seed(fresh_seed(s.seed, source[0]) if s.fresh else s.seed)
     model = CoCa(config_of(s))
     if source is None or "encoder" in s.fresh:
         some = to_model(torch.tensor(data.images[:256]))

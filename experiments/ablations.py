@@ -26,9 +26,7 @@ import argparse
 import contextlib
 import csv
 import functools
-import hashlib
 import io
-import json
 import math
 import os
 import statistics
@@ -39,6 +37,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 if not __package__:
@@ -95,10 +94,10 @@ def make_job(variant, data, images, seed, fingerprint=""):
 @functools.cache
 def fingerprint_of(data, seed, data_dir):
     """Of the names and captions of the training and validation images."""
-    s = dict(data=data, data_dir=data_dir, seed=seed, image_size=1)  # pixels do not count here
-    parts = [load_data(s, split) for split in ("train", "val")]
-    text = json.dumps([[part.names, part.captions] for part in parts])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    s = SimpleNamespace(data=data, data_dir=data_dir, seed=seed, image_size=1, fingerprint=None)
+    parts = [load_data(vars(s), split) for split in ("train", "val")]  # (pixels do not count here)
+    train.check_data(s, *parts)
+    return s.fingerprint[:16]
 
 
 def compose(flags, variant=VARIANTS["default"], data_dir=None):

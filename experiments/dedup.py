@@ -218,7 +218,7 @@ def parse_args(argv=None):
 
 
 def load_data(s, split):
-    """As train.load_data, but training images that are in the evaluation images, too, are left out.
+    """As eval.load_data, but training images that are in the evaluation images, too, are left out.
     """
     data = train.load_data(s, split)
     if split == "train":

@@ -78,8 +78,8 @@ import torch.nn.functional as F
 import coca
 from coca import BEGIN, END, PAD, causal_mask
 from data import NAMES, NO_BLANK, UserError, one_error, pad_right, run_program, words
-from eval import caption_files, evaluate, new_file, pick_device, write_new
-from experiments.own_pictures import add_image_flags, check_image_flags, show_texts
+from eval import evaluate, new_file, pick_device, write_new
+from experiments.own_pictures import add_image_flags, check_image_flags, look_at
 
 HELP = "python -m experiments.open_clip --help"
 
@@ -492,10 +492,7 @@ def main(argv=None):
     if args.image:
         for text in [*(args.labels or []), *(args.find or [])]:
             tokenizer.words += words(text)  # byte pairs know every word, if only in pieces
-        if args.labels or args.find:
-            _, scores = show_texts(args, model, tokenizer)
-        else:
-            scores = caption_files(args.image, model, tokenizer)
+        _, scores = look_at(args, model, tokenizer)
     else:
         scores = evaluate(model, tokenizer, dict(data=args.data, data_dir=args.data_dir, seed=0))
     if args.json:

@@ -15,13 +15,14 @@ import torch
 
 from data import UserError, note, note_lost, run_program, words
 from eval import (
+    add_common_flags,
     are_known,
+    caption_files,
     embed_classes,
     embed_images,
     embed_texts,
     load_checkpoint,
     need_embeddings,
-    new_file,
     pick_device,
     read_images,
     write_new,
@@ -31,7 +32,8 @@ from eval import (
 def check_texts(texts, model, tokenizer):
     """UserError if a text has no known word or two have the same tokens. Notes unknown words."""
     need_embeddings(model)
-    rows = tokenizer.encode(texts, model.config.text_len).tolist()
+    tokens = tokenizer.encode(texts, model.config.text_len)
+    rows = tokens.tolist()
     for i, (text, is_known) in enumerate(zip(texts, are_known(texts, tokenizer, model))):
         first = rows.index(rows[i])
         if not is_known:
@@ -39,7 +41,7 @@ def check_texts(texts, model, tokenizer):
                             "captions that it learned from")
         if first < i:
             raise UserError(f"{texts[first]!r} and {text!r} are the same to the checkpoint; drop one")
-    note_lost(texts, tokenizer.encode(texts, model.config.text_len), model.config.text_len)
+    note_lost(texts, tokens, model.config.text_len)
     unknown = sorted(set(words(" ".join(texts))) - set(tokenizer.words))
     if unknown:
         note(f"words that the checkpoint does not know: {', '.join(unknown)}")
@@ -71,14 +73,19 @@ def ranked(queries, answers, values):
     return found
 
 
-def show_texts(args, model, tokenizer):
-    """Prints what `compare` finds for args.labels and args.find -> args.image (N, 3, S, S) uint8,
-    what was found.
+def look_at(args, model, tokenizer):
+    """Prints what `compare` finds for args.labels and args.find, or else captions -> args.image
+    (N, 3, S, S) uint8, what was found.
     """
     for texts in (args.labels, args.find):
         if texts:
             check_texts(texts, model, tokenizer)
     images = read_images(args.image, model.config.image_size)
+    if not args.labels and not args.find:
+        if not model.config.lambda_cap:
+            note("no captions: the checkpoint was trained with --lambda-cap 0")
+            return images, {}
+        return images, caption_files(args.image, model, tokenizer)
     found = compare(model, tokenizer, images, args.image, args.labels, args.find)
     for task, answers_to in found.items():
         for query, answers in answers_to.items():
@@ -110,12 +117,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 prog="python -m experiments.own_pictures",
                                 usage="%(prog)s CHECKPOINT --image FILE ... [options]")
-    p.add_argument("checkpoint", help="OUT/checkpoint.pt of train.py, or OUT")
+    add_common_flags(p)
     add_image_flags(p)
-    p.add_argument("--json", metavar="FILE", type=new_file, help="also write what is found there")
-    p.add_argument("--device", default="auto",
-                   help="cuda, mps or cpu (default: the first there is)")
-    p.set_defaults(data=None, data_dir=None)
     args = p.parse_args(argv)
     check_image_flags(p, args)
     if not args.labels and not args.find:
@@ -127,7 +130,7 @@ def main(argv=None):
     args = parse_args(argv)
     model, tokenizer, _ = load_checkpoint(args.checkpoint)
     model.to(pick_device(args.device))
-    _, found = show_texts(args, model, tokenizer)
+    _, found = look_at(args, model, tokenizer)
     if args.json:
         write_new(args.json, json.dumps(found, indent=1))
 

@@ -40,7 +40,7 @@ from eval import (
     zero_shot,
 )
 from experiments.draw import attention_maps, chart, heat, picture, spread, tag
-from experiments.own_pictures import add_image_flags, check_image_flags, ranked, show_texts
+from experiments.own_pictures import add_image_flags, check_image_flags, look_at, ranked
 
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -252,7 +252,7 @@ def about_data(model, tokenizer, s, curves):
 
 def about_pictures(args, model, tokenizer, curves):
     """Your own pictures -> scores, {title: parts}."""
-    images, scores = show_texts(args, model, tokenizer)
+    images, scores = look_at(args, model, tokenizer)
     pictures = dict(zip(args.image, images))
     sections = {}
     if args.labels:

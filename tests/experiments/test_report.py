@@ -2,6 +2,7 @@
 import base64
 import dataclasses
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -192,6 +193,13 @@ def test_own_pictures_go_through_the_model_in_batches_and_each_keeps_its_name(ma
     shown = [image for image in images_of(page) if image["alt"] in names]
     assert [image["alt"] for image in shown] == names
     assert [decoded(image["src"])[0, 0, 0] for image in shown] == [0, 50, 100, 150, 200]
+
+
+def test_own_pictures_without_texts_are_captioned_in_the_scores_too(make, capsys):
+    Image.new("L", (8, 8), 50).save("0.png")
+    make("--image", "0.png", "--json", "found.json")
+    found = json.loads(Path("found.json").read_text())
+    assert list(found) == ["0.png"] and f"0.png: {found['0.png']}\n" in capsys.readouterr().out
 
 
 # Attention
