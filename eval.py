@@ -163,6 +163,10 @@ def are_known(texts, tokenizer, model):
     return tokenizer.encode(texts, model.config.text_len).amax(1) > UNKNOWN
 
 
+ZERO_SHOT = "zero-shot top-1"
+SUPERVISED = "top-1 by prompts, supervised"  # the classes were learned, from labelled images
+
+
 def zero_shot_task(model, tokenizer, s):
     """Share of images whose nearest class is the right one. A class is the mean of its prompts
     (embed_classes); ties and NaN count as wrong (zero_shot).
@@ -170,7 +174,10 @@ def zero_shot_task(model, tokenizer, s):
     need_embeddings(model)
     data = load_known_classes(model, tokenizer, s)
     classes = embed_classes(model, tokenizer, data.classes, data.templates)
-    return {"zero-shot top-1": zero_shot_score(model, data, classes)}
+    name = ZERO_SHOT
+    if s["data"].startswith("cifar") and s.get("trained_on", s["data"]) == s["data"]:
+        name = SUPERVISED
+    return {name: zero_shot_score(model, data, classes)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -650,7 +657,7 @@ def parse_args(argv=None):
 
 def settings_of(args, checkpoint):
     """The checkpoint's settings, with the data of args where they are given."""
-    settings = dict(checkpoint["settings"])
+    settings = {**checkpoint["settings"], "trained_on": checkpoint["settings"]["data"]}
     if args.data and args.data != settings["data"]:
         settings.update(data=args.data, data_dir=None, val_from_train=0)
     if args.data_dir is not None:

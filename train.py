@@ -7,7 +7,7 @@
     python train.py --lambda-cap 0                                     a dual encoder (CLIP)
     python train.py --lambda-con 0                                     a captioner
     python train.py --init runs/shapes/checkpoint.pt --image-size 64   a second phase (Sec. 4.1)
-    python train.py --init CHECKPOINT --fresh poolers --train poolers  as LLaVA's first stage
+    python train.py --init OLD --fresh poolers --train poolers --lambda-con 0   LLaVA's first stage
     python train.py --out runs/shapes --resume                         go on after a stop
     python train.py --batch-size 1024 --accum 16                       1,024 in the memory of 64
     torchrun --nproc_per_node=2 train.py                               a batch over two processes
@@ -596,7 +596,10 @@ def describe(s, model, batches):
     data = batches.data
     print(f"{data.source}: {len(data):,} images, {s.vocab_size:,} tokens")
     print(f"{s.steps:,} steps of {s.batch_size} images on {s.device}")
-    print(f"{count_parameters(model):.2f} million parameters")
+    learned = 0
+    for p in model.parameters():
+        learned += p.numel() * p.requires_grad
+    print(f"{count_parameters(model):.2f} million parameters, {learned / 1e6:.2f} million learn")
     usual, _ = parse_args(["--data", s.data] if s.data in NAMES else [])
     for name, value in vars(s).items():
         if name not in [*NOT_KEPT, "vocab_size", "fingerprint"] and value != getattr(usual, name):

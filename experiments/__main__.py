@@ -14,12 +14,13 @@ import eval as evaluation
 from data import run_program
 from eval import add_common_flags, evaluate_checkpoint, load_checkpoint, pick_device, write_new
 from experiments.classify import likelihood_task, robustness_task
+from experiments.grounding import pointing_task, unseen_task
 from experiments.understanding import understanding_task
 from experiments.video import own_clips, video_retrieval_task, video_task
 
 TASKS = {**evaluation.TASKS, "likelihood": likelihood_task, "robustness": robustness_task,
-         "video-retrieval": video_retrieval_task, "video": video_task,
-         "understanding": understanding_task}
+         "unseen": unseen_task, "pointing": pointing_task, "video-retrieval": video_retrieval_task,
+         "video": video_task, "understanding": understanding_task}
 
 
 def parse_args(argv=None):

@@ -1,4 +1,4 @@
-"""Table 8 at small scale, and two tables more: same data, same effort, several seeds a line.
+"""Table 8 at small scale, and more tables: same data, same effort, several seeds a line.
 
     python -m experiments.ablations                     all on generated scenes, seeds 0 to 5
     python -m experiments.ablations --jobs 2            two runs at a time, one thread each
@@ -11,19 +11,16 @@ experiments/variants.py says what is run. A finished run is a line of --out
 command goes on. Lines count if they are of the present commit or of one in EQUAL, and of these
 very data.
 
-The last column holds our difference from the first line of the table against the paper's, by
-`verdict`: with s the standard deviation of a score over the seeds, pooled over both variants,
-
-    within the spread    the two means lie at most 2 s apart, or one of them has a single seed:
-                         luck may be all there is, and where both are at 100 % it is this, too
-    shows                they lie further apart, in the paper's direction
-    does not show        they lie further apart in the other direction, or the paper has them equal
-
-Where the paper has two variants equal, or calls them on par (8a), "within the spread" is all that
-can be asked for.
+Lines of a table are compared with its first, seed by seed, as a seed fixes scenes, order and most
+initial values for all of them: `67.7 (-17.0 ± 4.7, 6/6)` is the mean, the mean difference with its
+standard error, and how many seeds have a difference of that sign (a tie has not). It is printed in
+bold, and called more than luck, only if all of six seeds or more agree *and* the mean is over four
+standard errors from 0: by luck some 1 % of comparisons are. The last column says whether it then
+goes the paper's way.
 """
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import io
@@ -53,11 +50,14 @@ from experiments.variants import (
     BOTH_WAYS,
     COST,
     IMAGES,
+    IN_NO_TABLE,
     NO_SHARES,
     ONLY_IN,
     SCORES,
+    SEEDS,
     TABLES,
     VARIANTS,
+    LabelClassifier,
 )
 
 LINES = Path(__file__).with_name("ablations.csv")
@@ -84,7 +84,7 @@ COLUMNS = [*Job._fields, *NUMBERS, "commit"]
 
 
 def make_job(variant, data, images, seed, fingerprint=""):
-    size = train.PRESETS[data]["batch_size"]
+    size = VARIANTS[variant].batch or train.PRESETS[data]["batch_size"]
     images = int(images * VARIANTS[variant].share)
     flags = (f"--data {data} --steps {max(1, images // size)} --batch-size {size} "
              f"--lr {train.PRESETS[data]['lr']} --seed {seed} --device cpu {VARIANTS[variant].flags}")
@@ -106,6 +106,7 @@ def compose(flags, variant=VARIANTS["default"], data_dir=None):
     """
     folder = [f"--data-dir={data_dir}"] if data_dir else []
     s, _ = train.parse_args([*flags.split(), *folder])
+    vars(s).update(variant.sizes)
     if variant.data:
         data, val = variant.data(s)
     else:
@@ -115,9 +116,18 @@ def compose(flags, variant=VARIANTS["default"], data_dir=None):
     if variant.change:
         model = variant.change(model)
     train.prepare(model, s)
-    optimizer = train.make_optimizer(model)
-    batches = Batches(data, tokenizer, s.text_len, s.batch_size, s.seed)
-    return s, model, tokenizer, val, train.train(model, optimizer, batches, s)
+    return s, model, tokenizer, val, in_stages(model, tokenizer, variant.stages(data), s)
+
+
+def in_stages(model, tokenizer, parts, s):
+    """Learns Datasets one after another, as several-stage pretraining does: each for an equal share
+    of the steps, with a learning rate schedule and an optimizer of its own. As train.train.
+    """
+    of_one = copy.copy(s)
+    of_one.steps = s.steps // len(parts)
+    for part in parts:
+        batches = Batches(part, tokenizer, s.text_len, s.batch_size, s.seed)
+        yield from train.train(model, train.make_optimizer(model), batches, of_one)
 
 
 def perform(job, data_dir):
@@ -144,7 +154,7 @@ def measure(variant, s, model, tokenizer, val):
     scores = {}
     if s.lambda_con:
         scores["val_con"] = con
-    if s.lambda_cap and variant != "classifier":  # its loss is Eq. (1)
+    if s.lambda_cap and not isinstance(model, LabelClassifier):  # whose loss is Eq. (1)
         scores["val_cap"] = cap
     found = evaluate(model, tokenizer, vars(s), VARIANTS[variant].tasks, notes=False)
     for name in SCORES:
@@ -185,13 +195,19 @@ def relative_cost(job, data_dir, turns=8, steps=2):
 def jobs_of(rows, args):
     """Each run once, in however many rows it is; seed by seed, so that rows fill evenly."""
     found = {}
-    for seed in args.seeds:
+    for seed in args.seeds or range(6):
         fingerprint = fingerprint_of(args.data, seed, args.data_dir)
         for row in rows:
+            if seed not in seeds_of(row, args):
+                continue
             for variant in TABLES[row][1]:
                 images = args.images or IMAGES[row]
                 found[make_job(variant, args.data, images, seed, fingerprint)] = True
     return list(found)
+
+
+def seeds_of(row, args):
+    return args.seeds or range(SEEDS.get(row, 6))
 
 
 def read_csv(path, columns, numbers):
@@ -289,36 +305,52 @@ def run_all(jobs, args):
 # The table
 
 
-def verdict(values, reference, paper_difference):
-    """One of three words on mean(values) - mean(reference): see the top of this file."""
-    n = len(values)
-    m = len(reference)
-    if min(n, m) < 2:
-        return "within the spread"
-    difference = statistics.fmean(values) - statistics.fmean(reference)
-    squares = (n - 1) * statistics.variance(values) + (m - 1) * statistics.variance(reference)
-    spread = math.sqrt(squares / (n + m - 2))
-    if abs(difference) <= 2 * spread:
-        return "within the spread"
-    if difference * paper_difference > 0:
-        return "shows"
-    return "does not show"
+class Difference(NamedTuple):
+    """From what a variant is compared with."""
+
+    mean: float
+    error: float  # standard error of the mean
+    agreeing: int  # seeds whose difference has the sign of the mean
+    seeds: int
+
+    def is_sure(self):
+        """No luck: see the top of this file."""
+        return self.seeds >= 6 and self.agreeing == self.seeds and abs(self.mean) > 4 * self.error
+
+
+def paired_difference(values, reference):
+    """{seed: score} of two variants -> Difference over the seeds that both have."""
+    found = [value - reference[seed] for seed, value in values.items() if seed in reference]
+    mean = statistics.fmean(found)
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.inf
+    return Difference(mean, error, sum(one * mean > 0 for one in found), len(found))
 
 
 def values_of(lines, variant, score):
-    """A score of a variant, one number a seed."""
-    return [float(line[score]) for line in lines if line["variant"] == variant and line.get(score)]
+    """A score of a variant -> {seed: value}."""
+    found = {}
+    for line in lines:
+        if line["variant"] == variant and line.get(score):
+            found[line["seed"]] = float(line[score])
+    return found
 
 
-def as_text(score, values):
-    """Mean and standard deviation; shares in per cent."""
+def as_text(score, values, reference):
+    """{seed: value} of a variant and of what it is compared with, or of the same -> mean and
+    standard deviation, or mean and Difference; shares in per cent; a dash for no values.
+    """
     if not values:
-        return ""
+        return "–"
     scale, digits = (1, 2) if score in NO_SHARES else (100, 1)
-    text = f"{scale * statistics.fmean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
-    return text
+    mean = f"{scale * statistics.fmean(values.values()):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    if values == reference or not reference:
+        return f"{mean}\u00a0±\u00a0{scale * statistics.stdev(values.values()):.{digits}f}"
+    found = paired_difference(values, reference)
+    text = (f"{mean} ({scale * found.mean:+.{digits}f}\u00a0±\u00a0{scale * found.error:.{digits}f}, "
+            f"{found.agreeing}/{found.seeds})")
+    return f"**{text}**" if found.is_sure() else text
 
 
 def compare(lines, variant, reference):
@@ -329,13 +361,22 @@ def compare(lines, variant, reference):
         return "", ""
     for score, value in VARIANTS[variant].paper.items():
         if score in VARIANTS[reference].paper:
-            difference = round(value - VARIANTS[reference].paper[score], 2)
-            theirs.append(f"{score} {difference:+g}")
-            found = values_of(lines, variant, score)
+            of_paper = round(value - VARIANTS[reference].paper[score], 2)
+            theirs.append(f"{score} {of_paper:+g}")
+            own = values_of(lines, variant, score)
             base = values_of(lines, reference, score)
-            if found and base:
-                here.append(f"{score} *{verdict(found, base, difference)}*")
+            if own and base:
+                here.append(f"{score} *{verdict(paired_difference(own, base), of_paper)}*")
     return ", ".join(theirs), ", ".join(here)
+
+
+def verdict(found, of_paper):
+    """A Difference and the paper's -> what ours says of it. (Where the paper has two variants equal
+    "undecided" is all that can be asked for.)
+    """
+    if not found.is_sure():
+        return "undecided"
+    return "as in the paper" if found.mean * of_paper > 0 else "not as in the paper"
 
 
 def markdown(row, lines):
@@ -345,15 +386,18 @@ def markdown(row, lines):
     shown = []
     for score in SCORES:
         there = any(values_of(lines, variant, score) for variant in variants)
-        if there and row in ONLY_IN.get(score, TABLES):
+        if there and score not in IN_NO_TABLE and row in ONLY_IN.get(score, TABLES):
             shown.append(score)
     table = [[title, *shown] + ["paper's difference", "here"] * of_paper]
     table.append(["---"] * len(table[0]))
     for variant in variants:
+        reference = VARIANTS[variant].reference or variants[0]
         cells = [VARIANTS[variant].what]
-        cells += [as_text(score, values_of(lines, variant, score)) for score in shown]
+        for score in shown:
+            values = values_of(lines, variant, score)
+            cells.append(as_text(score, values, values_of(lines, reference, score)))
         if of_paper:
-            cells += compare(lines, variant, variants[0])
+            cells += compare(lines, variant, reference)
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     text = ""
@@ -373,8 +417,8 @@ def print_tables(rows, args):
         lines = [found[job] for job in jobs if job in found]
         commits = sorted({line["commit"] for line in lines})
         print(f"({row}) {args.data}, {args.images or IMAGES[row]:,} images seen a run; {len(lines)} of "
-              f"{len(jobs)} runs, seeds {', '.join(map(str, args.seeds))}; mean ± s.d.; shares in "
-              f"per cent; commit {', '.join(commits) or 'none'}\n")
+              f"{len(jobs)} runs, seeds {', '.join(map(str, seeds_of(row, args)))}; shares in per "
+              f"cent; commit {', '.join(commits) or 'none'}\n")
         print(markdown(row, lines))
 
 
@@ -382,9 +426,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 usage="python -m experiments.ablations [options]")
     p.add_argument("--images", type=train.at_least(1), help="seen in training, in each run (default: "
-                   f"{max(IMAGES.values())}, row a {IMAGES['a']})")
-    p.add_argument("--seeds", nargs="+", type=train.at_least(0, high=2**32), default=range(6),
-                   help="of weights, order and scenes, a run each (default: 0 to 5)")
+                   "those of each row in experiments/variants.py)")
+    p.add_argument("--seeds", nargs="+", type=train.at_least(0, high=2**32),
+                   help="of weights, order and scenes, a run each (default: 0 to 5, or 0 to 2)")
     p.add_argument("--rows", nargs="+", choices=TABLES,
                    help="a to f are of Table 8 (default: all there are)")
     p.add_argument("--data", choices=ROWS, default="shapes", help="default: shapes")

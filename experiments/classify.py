@@ -5,10 +5,11 @@
 import dataclasses
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from coca import PAD
-from data import COLOURS, RADII, SHAPES, DoesNotApply, scene
+from data import COLOURS, RADII, SHAPES, DoesNotApply, drawn, scene
 from eval import (
     FINETUNED,
     FROZEN,
@@ -29,31 +30,48 @@ from eval import (
 # Zero-shot by Eq. (3) in place of the embeddings of Eq. (2)
 
 
-def likelihood_task(model, tokenizer, s):
-    """Share of images whose likeliest class is the right one: P(class | image) is the sum of
-    P(prompt | image) over the class's prompts, and log P(prompt | image) is Eq. (3) without its
-    minus. The images and prompts are those of eval.zero_shot_task.
+def log_likelihoods(model, tokens, images):
+    """log P(prompt | image), which is Eq. (3) without its minus and its mean: tokens (N, L), images
+    (M, 3, S, S) uint8 -> (M, N).
     """
-    if not model.config.lambda_cap:
-        raise DoesNotApply("trained with --lambda-cap 0, its decoder knows no likelihood")
-    data = load_known_classes(model, tokenizer, s)
-    prompts = []
-    for name in data.classes:
-        prompts += [template.format(name) for template in data.templates]
-    tokens = tokenizer.encode(prompts, model.config.text_len).to(device_of(model))  # (N, L)
     states, _ = model.unimodal(tokens)  # (N, L, D): the lower half sees no image
     follows = tokens[:, 1:] != PAD                                      # (N, L - 1)
-    predicted = []
-    for image in in_batches(model, data.images, "likelihoods", batch=1):
+    found = []
+    for image in in_batches(model, images, "likelihoods", batch=1):
         image_context, _ = model.pool_image(image)                      # (1, Q, D)
         decoded = model.multimodal(states, image_context.expand(len(states), -1, -1))  # (N, L, D)
         log_p = model.multimodal.head(decoded[:, :-1]).log_softmax(-1)  # (N, L - 1, V)
         log_p = log_p.gather(-1, tokens[:, 1:, None])[..., 0]           # (N, L - 1), of the next
-        log_p = (log_p * follows).sum(1)                                # (N,), of whole prompts
-        of_class = log_p.unflatten(0, (len(data.classes), -1)).logsumexp(1)
-        predicted.append(of_class.argmax().item())
-    share = (np.array(predicted) == data.labels).mean()
-    return {"zero-shot by likelihood": (share, constant_answer(data.labels))}
+        found.append((log_p * follows).sum(1))                          # (N,), of whole prompts
+    return torch.stack(found)
+
+
+def likelihood_task(model, tokenizer, s):
+    """Share of images whose likeliest class is the right one: P(class | image) is the sum of
+    P(prompt | image) over the class's prompts. The images and prompts are those of
+    eval.zero_shot_task.
+
+    Once more with the prior taken off, so that a prompt does not win by being likely whatever is
+    seen: P(prompt | image) / P(prompt), where log P(prompt) is the mean of log P(prompt | image)
+    over 100 training images.
+    """
+    if not model.config.lambda_cap:
+        raise DoesNotApply("trained with --lambda-cap 0, its decoder knows no likelihood")
+    data = load_known_classes(model, tokenizer, s)
+    train = load_split(model, s, "train")
+    prompts = []
+    for name in data.classes:
+        prompts += [template.format(name) for template in data.templates]
+    tokens = tokenizer.encode(prompts, model.config.text_len).to(device_of(model))  # (N, L)
+    log_p = log_likelihoods(model, tokens, data.images)                 # (M, N)
+    prior = log_likelihoods(model, tokens, train.images[drawn(len(train), 100)]).mean(0)  # (N,)
+    found = {}
+    for name, of_prompts in (("zero-shot by likelihood", log_p),
+                             ("zero-shot by likelihood, prior off", log_p - prior)):
+        of_classes = of_prompts.unflatten(1, (len(data.classes), -1)).logsumexp(2)
+        share = (of_classes.argmax(1).cpu().numpy() == data.labels).mean()
+        found[name] = share, constant_answer(data.labels)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -97,21 +115,21 @@ def redraw(data, seed, split, change):
 
 
 def robustness_task(model, tokenizer, s):
-    """Zero-shot, frozen and finetuned, all learned from scenes as they are, on changed scenes."""
+    """Three ways to classify, all learned from scenes as they are, on the same changed scenes of 48
+    pairs of colour and shape: by prompts (of the pairs pretraining has shown 42), frozen, finetuned.
+    """
     need_embeddings(model)
     if s["data"] != "shapes":
         raise DoesNotApply("robustness is asked of generated scenes; train on --data shapes")
-    named = load_split(model, s, "zeroshot")
-    classes = embed_classes(model, tokenizer, named.classes, named.templates)
     data = load_split(model, s, "labelled")
     test = load_split(model, s, "labelled-val")
+    classes = embed_classes(model, tokenizer, test.classes, test.templates)
     frozen, _ = learn_images(model, s, data, test, FROZEN, "frozen")
     finetuned, _ = learn_images(model, s, data, test, FINETUNED, "finetuned")
     found = {}
     for name, change in CHANGES.items():
-        shown = redraw(named, s["seed"], "zeroshot", change)
-        found[f"{name}: zero-shot"] = zero_shot_score(model, shown, classes)
         changed = redraw(test, s["seed"], "labelled-val", change)
+        found[f"{name}: by prompts"] = zero_shot_score(model, changed, classes)
         for how, learner in (("frozen", frozen), ("finetuned", finetuned)):
             score = accuracy(learner, tensors(changed))
             found[f"{name}: {how}"] = score, constant_answer(changed.labels)

@@ -20,6 +20,8 @@ import torch
 from coca import PAD
 from data import run_program
 from eval import (
+    SUPERVISED,
+    ZERO_SHOT,
     add_common_flags,
     as_text,
     constant_answer,
@@ -236,11 +238,11 @@ def about_data(model, tokenizer, s, curves):
     if not model.config.lambda_con:
         text = "lambda_con is 0: its embeddings mean nothing, so nothing is zero-shot or retrieved."
         sections["Scores"].append(tag("p", text))
-    if "zero-shot top-1" in scores:
+    if ZERO_SHOT in scores or SUPERVISED in scores:
         data = load_known_classes(model, tokenizer, s)
         classes = embed_classes(model, tokenizer, data.classes, data.templates)
         predicted = zero_shot(embed_images(model, data.images), classes).tolist()
-        sections["Zero-shot classification"] = confusions(predicted, data)
+        sections["Classification by prompts"] = confusions(predicted, data)
     if "image to text R@1" in scores:
         sections["Retrieval"] = nearest(model, tokenizer, val)
     some = spread(len(val), 8)

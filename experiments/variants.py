@@ -5,7 +5,11 @@ stand side by side:
 
     a to f        Table 8
     families      a single encoder, a dual encoder, an encoder-decoder and CoCa (Sec. 1, Figure 1)
-    one-stage     labels and captions in one training, as text (Sec. 3.2, 4.1), or one of them alone
+    one-stage     labels and captions in one training, as text (Sec. 3.2, 4.1), in two stages one
+                  after the other, or one of them alone
+    noise         half of the training captions belong to other images (the idea of ALIGN's data)
+    pairs         how many pairs Eq. (2) compares (Sec. 4.1: N = 65,536)
+    sizes         wider and narrower models (the idea of Figure 5)
 """
 import dataclasses
 import functools
@@ -13,13 +17,16 @@ from collections.abc import Callable
 from itertools import permutations
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coca import CoCa, Losses, UnimodalDecoder, text_mask
-from data import load, scene, select
+from coca import END, CoCa, Losses, UnimodalDecoder, caption_ids, contrastive_loss, text_mask
+from data import DoesNotApply, load, scene, select
 from eval import (
     DEFAULT_TASKS,
+    SUPERVISED,
+    ZERO_SHOT,
     Classifier,
     caption,
     constant_answer,
@@ -52,6 +59,20 @@ def labelled(s, write):
     return found
 
 
+def labelled_things(s):
+    """Scenes whose only caption is a word for each thing, its class. The images are those that all
+    other families learn.
+    """
+    found = []
+    for split in ("train", "val"):
+        data = load_data(vars(s), split)
+        for i in range(len(data)):
+            things, _ = scene(s.seed, split, i)
+            data.captions[i] = [" ".join(one_word(f"{t.colour} {t.shape}") for t in things)]
+        found.append(data)
+    return found
+
+
 LABEL_PROMPT = "a photo of a {}"
 
 
@@ -74,6 +95,30 @@ def halves(s, labels=True, captions=True):
     return select(data, rows), load_data(vars(s), "val")
 
 
+def one_stage(data):
+    return [data]
+
+
+def labels_first(data):
+    """The two halves of `halves`, one after the other."""
+    half = len(data) // 2
+    return [select(data, range(half)), select(data, range(half, len(data)))]
+
+
+def captions_first(data):
+    return labels_first(data)[::-1]
+
+
+def exchanged(s):
+    """Half of the training images, drawn at random, pass their captions on to another of them."""
+    data = load_data(vars(s), "train")
+    rows = np.random.default_rng([s.seed, 200]).permutation(len(data))[:len(data) // 2]
+    theirs = [data.captions[i] for i in np.roll(rows, 1)]
+    for i, captions in zip(rows, theirs):
+        data.captions[i] = captions
+    return data, load_data(vars(s), "val")
+
+
 # ------------------------------------------------------------------------------------------------
 # Models
 
@@ -81,7 +126,7 @@ def halves(s, labels=True, captions=True):
 class LabelClassifier(CoCa):
     """Table 8a: the encoder with a Classifier on its tokens. train.py trains it like any CoCa.
 
-    Captions are BEGIN word END, where the word names the class: tokens[:, 1] is the label.
+    Captions are BEGIN words END, where each word names a class.
     """
 
     def __init__(self, model):
@@ -95,8 +140,11 @@ class LabelClassifier(CoCa):
         return self.classifier(self.encoder(images))
 
     def losses(self, images, tokens):
-        """Eq. (1) in the place of Eq. (4)."""
-        loss = F.cross_entropy(self.classify(images), tokens[:, 1])
+        """Eq. (1) in the place of Eq. (4): p(y) = 1 / k for each of the k classes of an image."""
+        logits = self.classify(images)                                  # (B, V)
+        is_class = (tokens > END).to(logits.dtype)                      # (B, L)
+        p = torch.zeros_like(logits).scatter_add(1, tokens, is_class)   # (B, V), how often
+        loss = F.cross_entropy(logits, p / p.sum(1, keepdim=True))
         return Losses(loss, torch.zeros_like(loss), loss)
 
     @torch.no_grad()
@@ -128,17 +176,34 @@ def with_mean_text(model):
     return model
 
 
+def in_groups(model, size):
+    """A CoCa whose Eq. (2) compares only the pairs of a group of `size`, not those of a batch."""
+    def losses(images, tokens):
+        ids = caption_ids(tokens)                                       # (B,)
+        x, y, cap = model(images, tokens)
+        groups = zip(x.split(size), y.split(size), ids.split(size))
+        con = torch.stack([contrastive_loss(*group[:2], model.temperature, group[2])
+                           for group in groups]).mean()
+        c = model.config
+        return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
+
+    model.losses = losses
+    return model
+
+
 # ------------------------------------------------------------------------------------------------
 # Tasks, as in eval.py: (model, tokenizer, settings) -> {what: (score, chance)}
 
 ASKED = 4000  # of which 3,400 are learned from
 # Of Sec. 4.2, but all is frozen save the new pooler over the decoder's states: what a loss did not
-# teach the model must show. (With L_Con alone the upper half of the decoder is untrained.)
+# teach the model must show. (With L_Con alone the decoder's upper half is untrained: not asked.)
 FROZEN_QUESTIONS = dataclasses.replace(UNDERSTANDING, encoder_lr=0.0, steps=1000)
 
 
 def frozen_questions_task(model, tokenizer, s):
     need_scene_words(tokenizer)
+    if not model.config.lambda_cap:
+        raise DoesNotApply("trained with --lambda-cap 0, its decoder's upper half learned nothing")
     asked = questions(model.config.image_size, ASKED, s["seed"])
     found = understand(model, tokenizer, s, asked, len(KINDS), FROZEN_QUESTIONS, ASKED * 85 // 100)
     return {"questions": found}
@@ -174,18 +239,17 @@ def label_style_task(model, tokenizer, s):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables
+# Tables. The paper's zero-shot score is ImageNet's
 
-ZERO_SHOT = "zero-shot top-1"  # the paper's is ImageNet's
 RIGHT = "captions exactly right"
 BOTH_WAYS = "mean R@1"
 QUESTION = "questions"  # the paper's are VQA's, finetuned with all of the model
 LINEAR = "frozen, linear probe"  # the paper's is ImageNet's, the images here are those of training
 COST = "cost of a step"
-ALL_BUT_COST = ["accuracy", LINEAR, "frozen, new pooler", ZERO_SHOT, "zero-shot by likelihood",
-                "zero-shot, label prompt", RIGHT, "written as labels", "image to text R@1",
-                BOTH_WAYS, QUESTION, "video, frozen"]
-SCORES = [*ALL_BUT_COST, COST, "val_con", "val_cap"]
+SCORES = ["accuracy", LINEAR, "frozen, new pooler", ZERO_SHOT, SUPERVISED, "zero-shot by likelihood",
+          "zero-shot, label prompt", RIGHT, "written as labels", "image to text R@1", BOTH_WAYS,
+          QUESTION, "video, frozen", COST, "val_con", "val_cap"]
+IN_NO_TABLE = ["frozen, new pooler", "image to text R@1", "val_con", "val_cap"]
 NO_SHARES = (COST, "val_con", "val_cap")  # all others are printed in per cent
 
 BASICS = {**DEFAULT_TASKS, "questions": frozen_questions_task}
@@ -201,6 +265,10 @@ class Variant(NamedTuple):
     change: Callable = None  # the new model -> the one that is trained instead
     tasks: dict = BASICS  # those that the model lacks something for are left out
     share: float = 1.0  # of the images that its table sees
+    stages: Callable = one_stage  # the training Dataset -> those that are learned one by one
+    sizes: dict = {}  # of CoCaConfig, for which train.py has no flag
+    batch: int = None  # images a step, if not the preset's
+    reference: str = None  # the variant to compare with, if not the first of the table
 
 
 def reads_labels(write):
@@ -251,7 +319,29 @@ VARIANTS = {
                               data=functools.partial(halves, captions=False)),
     "captions, epochs": Variant("captions alone, as many epochs", tasks=STAGE, share=0.5,
                                 data=functools.partial(halves, labels=False)),
+    "labels first": Variant("two stages, labels first", tasks=STAGE, data=halves,
+                            stages=labels_first),
+    "captions first": Variant("two stages, captions first", tasks=STAGE, data=halves,
+                              stages=captions_first),
+    "single encoder": Variant("single encoder, Eq. (1) on pairs", "--lambda-con 0", data=labelled_things,
+                              change=LabelClassifier, tasks=FAMILY),
+    "noisy": Variant("both losses, half of the captions exchanged", data=exchanged,
+                     tasks=DEFAULT_TASKS),
+    "noisy, contrastive only": Variant(
+        "L_Con only, half exchanged", "--lambda-cap 0", data=exchanged, tasks=DEFAULT_TASKS,
+        reference="contrastive only"),
+    "noisy, captioning only": Variant(
+        "L_Cap only, half exchanged", "--lambda-con 0", data=exchanged, tasks=DEFAULT_TASKS,
+        reference="captioning only"),
+    "width 64": Variant("width 64, 2 heads", tasks=DEFAULT_TASKS, sizes=dict(
+        width=64, heads=2, encoder_mlp=256, decoder_mlp=256)),
+    "width 192": Variant("width 192, 6 heads", tasks=DEFAULT_TASKS, sizes=dict(
+        width=192, heads=6, encoder_mlp=768, decoder_mlp=768)),
 }
+for N in (384, 96, 24):
+    VARIANTS[f"N {N}"] = Variant(f"Eq. (2) among {N}", batch=384, tasks=DEFAULT_TASKS,
+                                 change=functools.partial(in_groups, size=N))
+
 TABLES = {  # the first of a table is what the others are compared with
     "a": ("labels as classes or as text", ["classifier", "encoder-decoder"]),
     "b": ("training objectives, default both", ["default", "contrastive only", "captioning only"]),
@@ -262,17 +352,25 @@ TABLES = {  # the first of a table is what the others are compared with
     "f": ("poolers, default cascade, n_query 16 (paper: 256)",
           ["default", "parallel", "n_query 0", "n_query 1", "n_query 4"]),
     "families": ("what each can do",
-                 ["default", "classifier", "contrastive only", "captioning only", "untrained"]),
+                 ["default", "single encoder", "contrastive only", "captioning only", "untrained"]),
     "one-stage": ("labels and captions as text",
-                  ["one stage", "labels", "captions", "labels, epochs", "captions, epochs"]),
+                  ["one stage", "labels first", "captions first", "labels", "captions",
+                   "labels, epochs", "captions, epochs"]),
+    "noise": ("captions of other images",
+              ["default", "noisy", "contrastive only", "noisy, contrastive only", "captioning only",
+               "noisy, captioning only"]),
+    "pairs": ("batches of 384", ["N 384", "N 96", "N 24"]),
+    "sizes": ("width, default 128 with 4 heads", ["default", "width 64", "width 192"]),
 }
 # Seen in training; chosen on a table's first line alone, so that it is not at 100 %
 IMAGES = {"a": 4_800, "b": 24_000, "c": 24_000, "d": 24_000, "e": 24_000, "f": 24_000,
-          "families": 24_000, "one-stage": 24_000}
+          "families": 24_000, "one-stage": 24_000, "noise": 24_000, "pairs": 59_904,
+          "sizes": 24_000}
+SEEDS = {"pairs": 3, "sizes": 3}  # all others: 6
 # Where a score is shown, if not in all tables: the variants of others are not all asked for it
 ONLY_IN = {"accuracy": ["a"], LINEAR: ["a", "families"], COST: ["b"],
-           "zero-shot by likelihood": ["families"], "frozen, new pooler": ["families"],
-           "video, frozen": ["families"]}
+           "zero-shot by likelihood": ["families"], "video, frozen": ["families"],
+           QUESTION: ["b", "c", "d", "e", "f", "families"]}
 
 
 if __name__ == "__main__":
