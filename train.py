@@ -598,7 +598,8 @@ def describe(s, model, batches):
     print(f"{s.steps:,} steps of {s.batch_size} images on {s.device}")
     learned = 0
     for p in model.parameters():
-        learned += p.numel() * p.requires_grad
+        if p.requires_grad:
+            learned += p.numel()
     print(f"{count_parameters(model):.2f} million parameters, {learned / 1e6:.2f} million learn")
     usual, _ = parse_args(["--data", s.data] if s.data in NAMES else [])
     for name, value in vars(s).items():

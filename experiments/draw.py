@@ -61,11 +61,11 @@ STROKES = [("#0a7bd0", "none"), ("#d55e00", "7 3"), ("#009e73", "2 3")]  # colou
 def chart(title, seen, curves):
     """SVG of curves {name: values (n,)} over images seen (n,), log scale.
 
-    A point is the mean of a window, of which there are at most 300.
+    A point is the mean of a window; of the at most 300 windows the first holds the first value alone.
     """
     means = {}
     for name, values in curves.items():
-        windows = np.array_split(values, min(len(values), 300))
+        windows = [values[:1], *np.array_split(values[1:], min(len(values) - 1, 299))]
         means[name] = np.array([max(window.mean(), 1e-4) for window in windows])
     low = min(y.min() for y in means.values())
     high = max(1.01 * low, *[y.max() for y in means.values()])

@@ -1,7 +1,8 @@
 """Draws the README's pictures into assets/ (SVG on white, so they look the same in the dark).
 
-    python -m experiments.pictures runs/shapes/checkpoint.pt    all
-    python -m experiments.pictures                              those that need no checkpoint
+    python -m experiments.pictures runs/shapes     all, but for
+    python -m experiments.pictures runs/cifar10    CIFAR-10's, of captions
+    python -m experiments.pictures                 those that need no checkpoint
 """
 import argparse
 import math
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from coca import BEGIN, END, PAD, causal_mask, text_mask
 from data import UserError, note, replacing, run_program, to_model
-from eval import load_checkpoint, load_split
+from eval import load_checkpoint, load_split, tokenised
 from experiments.ablations import LINES, read_lines, values_of
 from experiments.draw import attention_maps, chart, heat, picture, spread, tag
 from experiments.entropy import ENTROPY, read_entropy
@@ -61,12 +62,14 @@ def lines(words, x, y, width=22):
 
 
 def charts(title, drawn):
-    """Page of charts {title: chart}, side by side."""
+    """Page of charts {title: chart}, two a row."""
     parts = []
     for i, (above, curves) in enumerate(drawn.items()):
-        parts.append(text(above, 60 + 370 * i, 20, font_weight="bold"))
-        parts.append(tag("svg", curves, x=370 * i, y=26, width=370, height=215))
-    return page(title, 740, 246, *parts)
+        x = 370 * (i % 2)
+        y = 246 * (i // 2)
+        parts.append(text(above, x + 60, y + 20, font_weight="bold"))
+        parts.append(tag("svg", curves, x=x, y=y + 26, width=370, height=215))
+    return page(title, 740, 246 * math.ceil(len(drawn) / 2), *parts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -74,21 +77,19 @@ def charts(title, drawn):
 
 
 @torch.no_grad()
-def draw_scenes(model, tokenizer, val):
-    """Eight validation scenes with the captions that the model writes, wrong ones in red."""
+def draw_captions(title, model, tokenizer, val, some, height):
+    """Some images, four a row, with the captions that the model writes, wrong ones in red."""
     parts = []
-    some = spread(len(val), 8)
     tokens = model.generate(to_model(torch.tensor(val.images[some])))
     for k, (i, row) in enumerate(zip(some, tokens)):
         x = 12 + 178 * (k % 4)
-        y = 12 + 222 * (k // 4)
+        y = 12 + height * (k // 4)
         written = tokenizer.decode(row)
-        right = written in val.captions[i]
+        right = tokenised(written) in map(tokenised, val.captions[i])
         colour = "#1a1a1a" if right else "#c00000"
         parts.append(image(picture(val.images[i]), x, y, 128))
         parts.append(tag("g", *lines(written, x, y + 146), fill=colour))
-    return page("Eight generated scenes, each with the caption that the model wrote", 720, 456,
-                *parts)
+    return page(title, 720, 12 + height * math.ceil(len(some) / 4), *parts)
 
 
 @torch.no_grad()
@@ -152,33 +153,40 @@ def draw_mask(model, tokenizer):
                                   font_size=10))
             else:
                 parts.append(tag("rect", **box, fill="#e4e4e4"))
+    below = f"first unimodal layer, mean of its {model.config.heads} heads; grey: hidden, exactly 0"
+    parts.append(text(below, 12, 100 + 30 * len(names)))
     return page("Who looks at whom: attention weights of a caption's words, padding and [CLS], zero "
                 "above the diagonal and on what the mask hides", 94 + 34 * len(names) + 40,
-                90 + 30 * len(names), *parts)
+                110 + 30 * len(names), *parts)
 
 
 def draw_losses(checkpoint):
-    """Of the losses that were learned."""
+    """Of the losses that were learned, and the temperature if one of them has it."""
     column = dict(zip(checkpoint["metrics_names"], checkpoint["metrics"].numpy().T))
     drawn = {}
     for title, name in (("Contrastive loss, Eq. (2)", "loss_con"),
-                        ("Captioning loss, Eq. (3)", "loss_cap")):
-        if column[name].any():
-            drawn[title] = chart(title, column["images"], {"in training": column[name]})
-    return charts("The losses over images seen", drawn)
+                        ("Captioning loss, Eq. (3)", "loss_cap"), ("Temperature", "temperature")):
+        if column[name].any() and (name != "temperature" or column["loss_con"].any()):
+            drawn[f"{title}, log scale"] = chart(title, column["images"], {"in training": column[name]})
+    return charts("The losses and the temperature over images seen", drawn)
 
 
 def from_checkpoint(path):
     """-> {name: SVG} of what the checkpoint has learned, with notes on what is left out."""
     model, tokenizer, checkpoint = load_checkpoint(path)
-    if checkpoint["settings"]["data"] != "shapes":
+    name = checkpoint["settings"]["data"]
+    if name not in ("shapes", "cifar10"):
         raise UserError(f"{path} learned from photographs of other people, which are not drawn; "
-                        "give a checkpoint of scenes")
+                        "give a checkpoint of scenes or of CIFAR-10")
     val = load_split(model, checkpoint["settings"], "val")
+    if name == "cifar10":
+        title = "The first dozen test images of CIFAR-10, each with the caption that the model wrote"
+        return {"cifar": draw_captions(title, model, tokenizer, val, range(12), 190)}
     pages = {"mask": draw_mask(model, tokenizer)}
     pages["attention"] = draw_attention(model, tokenizer, val)
     if model.config.lambda_cap:
-        pages["scenes"] = draw_scenes(model, tokenizer, val)
+        title = "Eight generated scenes, each with the caption that the model wrote"
+        pages["scenes"] = draw_captions(title, model, tokenizer, val, spread(len(val), 8), 222)
     else:
         note("scenes left out: trained with --lambda-cap 0, the checkpoint writes no captions")
     if checkpoint["step"] > 1:
@@ -284,14 +292,14 @@ def score_panel(runs, score, variants, bottom):
     def across(value):  # -> pixels from the left
         return round(90 * (value - low) / max(high - low, 1e-9), 1)
 
-    mean = across(np.mean(values_of(runs, "default", score)))
+    mean = across(np.mean([*values_of(runs, "default", score).values()]))
     parts = [tag("path", d=f"M{mean} 44V{bottom}", stroke="#d55e00")]
     for value, anchor in ((low, "start"), (high, "end")):
         parts.append(text(f"{value:.0%}", across(value), 38, text_anchor=anchor, font_size=11))
     for i, variant in enumerate(variants):
         y = 56 + 22 * i
         parts.append(tag("path", d=f"M0 {y}h90", stroke="#8886"))
-        for value in values_of(runs, variant, score):
+        for value in values_of(runs, variant, score).values():
             parts.append(tag("circle", cx=across(value), cy=y, r=4, fill="#0a7bd0",
                              fill_opacity=0.6))
     return parts

@@ -352,8 +352,19 @@ def test_data_and_their_folder_are_the_checkpoints_or_those_of_the_flags(command
     args = evaluation.parse_args(["checkpoint.pt", "--data", "cifar100"])
     checkpoint = dict(settings={**trained_on_a, "val_from_train": 1, "seed": 5})
     other = dict(data="cifar100", data_dir=None, val_from_train=0, seed=5)  # not in cifar-a
-    assert evaluation.settings_of(args, checkpoint) == other
+    assert evaluation.settings_of(args, checkpoint) == {**other, "trained_on": "cifar10"}
     assert checkpoint["settings"]["data"] == "cifar10"  # as it was
+
+
+@pytest.mark.parametrize("settings, flags, name", [
+    (dict(data="cifar10", data_dir="cifar-a"), "", "top-1 by prompts, supervised"),
+    (dict(data="cifar10", data_dir="cifar-a"), "--data-dir cifar-b", "top-1 by prompts, supervised"),
+    ({}, "--data cifar10 --data-dir cifar-a", "zero-shot top-1"),  # learned from something else
+    (dict(data="coco", data_dir="x"), "--data cifar10 --data-dir cifar-a", "zero-shot top-1"),
+])
+def test_classes_that_were_learned_are_not_called_zero_shot(settings, flags, name, command, capsys):
+    assert not command("--task", "zero-shot", *flags.split(), settings=settings)
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{name}  ")
 
 
 @pytest.mark.parametrize("task", ["", "--task zero-shot"])

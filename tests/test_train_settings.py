@@ -713,6 +713,16 @@ def test_settings_that_are_unusual_for_the_data_are_told_and_no_others(tmp_path,
                     "  pooler parallel, not cascade"]
 
 
+@pytest.mark.parametrize("part", ["", "encoder", "poolers", "decoder"])
+def test_what_learns_is_counted(part, tmp_path, capsys):
+    checkpoint = run(tmp_path, f"--steps 1 --train {part}" if part else "--steps 1")
+    said = re.search(r"([\d.]+) million parameters, ([\d.]+) million learn", capsys.readouterr().out)
+    counts = {name: weights.numel() for name, weights in checkpoint["model"].items()}
+    learned = sum(count for name, count in counts.items()
+                  if not part or train.part_of(name) in (part, None))
+    assert said.groups() == (f"{sum(counts.values()) / 1e6:.2f}", f"{learned / 1e6:.2f}")
+
+
 def test_what_was_saved_and_what_scores_it_is_said_before_the_scores(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", lambda *args, **how: print("SCORES"))
     for i, (own, next_step) in enumerate([

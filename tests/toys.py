@@ -19,7 +19,7 @@ WORDS = [*SPECIAL, *COLOURS, *SHAPES, *RADII, *"a at the top bottom left right a
 SMALL = dict(steps=2, batch_size=8, lr=1e-3, patch_size=8, width=32, heads=2, encoder_layers=1,
              encoder_mlp=32, n_uni=1, n_multi=1, decoder_mlp=32, n_query=4)
 draw_scenes = functools.cache(data_file.shapes)
-COLUMNS = ["step", "images", "loss_con", "loss_cap", "loss"]
+COLUMNS = ["step", "images", "loss_con", "loss_cap", "loss", "temperature"]
 
 
 def few_scenes(patch):

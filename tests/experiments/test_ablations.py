@@ -16,7 +16,7 @@ import train
 from coca import BEGIN, END, PAD, causal_mask, text_mask
 from data import Dataset, UserError, note
 from experiments import ablations, pictures, variants
-from experiments.ablations import verdict
+from experiments.ablations import Difference, as_text, paired_difference, verdict
 from experiments.variants import TABLES, VARIANTS
 
 IMAGES = 16  # two steps
@@ -170,29 +170,37 @@ def test_several_processes_do_each_run_once(tmp_path, monkeypatch):
 def test_tables_share_the_default_run():
     args = type("Args", (), dict(seeds=[0, 1, 2], data="shapes", data_dir=None, images=None))
     jobs = ablations.jobs_of(list(TABLES), args)
-    assert len(jobs) == len(set(jobs)) == 3 * (len(VARIANTS) + 1)  # two budgets for the classifier
+    assert len(jobs) == len(set(jobs)) == 3 * len(VARIANTS)
     assert {job.variant for job in jobs} == set(VARIANTS)
     for job in jobs:  # what is compared sees equally many images, unless it says otherwise
         steps = int(job.flags.split()[job.flags.split().index("--steps") + 1])
-        assert steps == max(1, int(job.images) // 8)
+        assert steps == max(1, int(job.images) // (VARIANTS[job.variant].batch or 8))
         whole = {variants.IMAGES[row] for row, (_, line) in TABLES.items() if job.variant in line}
         assert int(job.images) in {VARIANTS[job.variant].share * images for images in whole}
 
 
 def test_a_table_is_of_its_own_runs(tmp_path, monkeypatch, capsys):
-    """The classifier stands in two tables, with two budgets."""
+    """A variant may stand in two tables, with two budgets."""
     out = tmp_path / "ablations.csv"
+    monkeypatch.setitem(ablations.IMAGES, "e", 4_800)
     args = type("Args", (), dict(seeds=[0], data="shapes", data_dir=None, images=None))
-    for job in ablations.jobs_of(["a", "families"], args):
-        scores = {"accuracy": int(job.images) / 100_000, "val_cap": int(job.images), "commit": "now"}
+    for job in ablations.jobs_of(["b", "e"], args):
+        scores = {"mean R@1": int(job.images) / 100_000, "cost of a step": 2, "commit": "now"}
         ablations.append_line(out, {**job._asdict(), **scores})
-    ablations.main(["--table", "--out", str(out), "--seeds", "0", "--rows", "a", "families"])
-    of_a, of_families = capsys.readouterr().out.split("(families)")
-    what = VARIANTS["classifier"].what
-    assert re.search(rf"{re.escape(what)} +\| 4.8 +\| 4800.00", of_a)
-    assert re.search(rf"{re.escape(what)} +\| 24000.00", of_families)
-    for only_in_a in ("accuracy", "paper's difference"):
-        assert only_in_a in of_a and only_in_a not in of_families
+    ablations.main(["--table", "--out", str(out), "--seeds", "0", "--rows", "b", "e"])
+    of_b, of_e = capsys.readouterr().out.split("(e)")
+    what = re.escape(VARIANTS["default"].what)
+    assert re.search(rf"{what} +\| 24.0 +\|", of_b) and re.search(rf"{what} +\| 4.8 +\|", of_e)
+    assert "cost of a step" in of_b and "cost of a step" not in of_e  # only in b
+
+
+def test_some_tables_have_three_seeds(capsys):
+    args = type("Args", (), dict(seeds=None, data="shapes", data_dir=None, images=None))
+    for row, (_, line) in TABLES.items():
+        seeds_there = {job.seed for job in ablations.jobs_of([row], args)}
+        assert len(seeds_there) == (3 if row in ("pairs", "sizes") else 6)
+    args.seeds = [4]
+    assert {job.seed for job in ablations.jobs_of(["pairs"], args)} == {"4"}
 
 
 def test_scores_are_those_of_the_tasks_and_both_ways_of_retrieval_count(monkeypatch):
@@ -214,7 +222,7 @@ def test_the_runs_in_the_repository_are_found(monkeypatch, capsys):
     ablations.main(["--table"])
     out = capsys.readouterr().out
     for row, (_, line) in TABLES.items():
-        runs = len(line) * 6
+        runs = len(line) * variants.SEEDS.get(row, 6)
         assert f"({row}) shapes" in out and f"{runs} of {runs} runs" in out
 
 
@@ -261,19 +269,75 @@ def test_a_cost_is_a_steps_share_of_l_con_alone(monkeypatch):
         assert ablations.relative_cost(job, None) == cost
 
 
-@pytest.mark.parametrize("values, reference, paper, word", [
-    ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], -1, "shows"),
-    ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], +1, "does not show"),  # control: the other direction
-    ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], 0, "does not show"),  # the paper has them equal
-    ([0.60, 0.71, 0.90], [0.70, 0.81, 0.92], -1, "within the spread"),
-    ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], -1, "within the spread"),  # all at 100 % proves nothing
-    ([0.1], [0.9], -1, "within the spread"),  # nor does one seed
-    # Two pooled standard deviations, here 1, are the border
-    ([1.99, 2.99, 0.99], [-1.0, 0.0, 1.0], 1, "within the spread"),
-    ([2.01, 3.01, 1.01], [-1.0, 0.0, 1.0], 1, "shows"),
+def seeds(*values):
+    return {str(seed): value for seed, value in enumerate(values)}
+
+
+def test_a_difference_is_paired_by_seed():
+    ours, theirs = seeds(0.9, 0.5, 0.7, 0.3), seeds(0.8, 0.3, 0.7)
+    found = paired_difference(ours, theirs)
+    assert found == pytest.approx((0.1, 0.1 / 3**0.5, 2, 3))  # of 0.1, 0.2, 0; the tie is against
+    shuffled = {seed: ours[seed] for seed in "2031"}
+    assert paired_difference(shuffled, theirs) == pytest.approx(found)
+    assert as_text("questions", ours, theirs) == "60.0 (+10.0\u00a0±\u00a05.8, 2/3)"
+    assert as_text("val_cap", ours, ours) == "0.60\u00a0±\u00a00.26"  # of the seeds; no share
+    assert as_text("questions", {}, theirs) == "–"
+    with fails:  # control: other pairs
+        assert paired_difference(seeds(0.5, 0.9, 0.7), theirs) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("differences, paper, word", [
+    ([-0.1, -0.11, -0.12, -0.1, -0.11, -0.12], -1, "as in the paper"),
+    ([-0.1, -0.11, -0.12, -0.1, -0.11, -0.12], +1, "not as in the paper"),
+    ([-0.1, -0.11, -0.12, -0.1, -0.11, -0.12], 0, "not as in the paper"),  # it has them equal
+    ([-0.1, -0.11, -0.12, -0.1, -0.11], -1, "undecided"),  # five seeds
+    ([-0.1, -0.11, -0.12, -0.1, -0.11, 0.0], -1, "undecided"),  # a tie
+    ([0.1, 0.1, 0.1, 0.1, 0.1, 0.5], 1, "undecided"),  # all agree, but |t| is 2.5
+    ([1, 1, 1, 1, 1, 0], 1, "undecided"),  # |t| is 5, but one does not agree
+    ([0.0] * 6, 0, "undecided"),  # all at 100 % proves nothing
+    ([0.9], 1, "undecided"),
 ])
-def test_verdict(values, reference, paper, word):
-    assert verdict(values, reference, paper) == word
+def test_a_verdict_needs_six_seeds_that_agree_and_four_errors(differences, paper, word):
+    found = paired_difference(seeds(*differences), seeds(*[0.0] * len(differences)))
+    assert verdict(found, paper) == word
+    bold = as_text("questions", seeds(*differences), seeds(*[0.0] * len(differences)))[:2] == "**"
+    assert bold == (word != "undecided")
+
+
+@pytest.mark.parametrize("error, word", [(0.249, "as in the paper"), (0.251, "undecided")])
+def test_four_standard_errors_are_the_border(error, word):
+    assert verdict(Difference(1.0, error, 6, 6), 1) == word
+
+
+def test_a_cell_of_table_8_is_what_the_csv_gives_by_hand(capsys, monkeypatch):
+    monkeypatch.undo()
+    captions = {"default": {}, "weights 1:1": {}}
+    for line in lines_of(ablations.LINES):
+        if line["data"] == "shapes" and line["images"] == "24000" and line["variant"] in captions:
+            captions[line["variant"]][line["seed"]] = 100 * float(line["captions exactly right"])
+    both = [(captions["weights 1:1"][seed], captions["default"][seed]) for seed in "012345"]
+    differences = [a - b for a, b in both]
+    mean = sum(differences) / 6
+    variance = sum((d - mean) ** 2 for d in differences) / 5
+    error = (variance / 6) ** 0.5
+    agree = sum((d > 0) == (mean > 0) and d != 0 for d in differences)
+    cell = f"{sum(a for a, _ in both) / 6:.1f} ({mean:+.1f} ± {error:.1f}, {agree}/6)"
+    ablations.main(["--table", "--rows", "c"])
+    line, = [line for line in capsys.readouterr().out.split("\n") if "1 : 1" in line]
+    assert cell in [text.strip(" *") for text in line.replace("\u00a0", " ").split("|")]
+
+
+def test_the_tables_on_the_page_are_those_of_the_csv(capsys, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(ablations, "commit", lambda: "")
+    ablations.main(["--table"])
+    page = (ablations.LINES.parent.parent / "RESULTS.md").read_text()
+    parts = capsys.readouterr().out.split("\n\n")
+    tables = [part.strip() for part in parts if part.startswith("|")]
+    assert len(tables) == len(TABLES)
+    for table in tables:
+        assert table in page
+        assert max(line.count(" | ") for line in table.split("\n")) < 8  # at most eight columns
 
 
 # pictures.py
@@ -311,7 +375,7 @@ def test_pictures_are_drawn(tmp_path):
     forbidden = (~text_mask(tokens)).sum()
     assert (tmp_path / "mask.svg").read_text().count("#e4e4e4") == forbidden
     assert count["mask", "rect"] == 1 + 13**2  # and the card below
-    assert count["losses", "polyline"] == 2
+    assert count["losses", "polyline"] == 3  # two losses and the temperature
     assert count["entropy", "polyline"] == 4
     assert count["masks", "rect"] == 1 + 2 * 7**2 + 2 * 4  # four cells differ
     shown = {variant for row in "bcdef" for variant in TABLES[row][1]}
@@ -328,15 +392,15 @@ def test_pictures_are_drawn(tmp_path):
     refused("photographs of other people", pictures.main, [out + "/coco.pt", "--out", out])
 
 
-LOSSES = [[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]]
-NO_CAPTIONING = [[1, 8, 4, 0, 4], [2, 16, 0.3, 0, 0.3]]
+LOSSES = [[1, 8, 4, 3, 10, 0.07], [2, 16, 0.3, 2, 4.3, 0.06]]
+NO_CAPTIONING = [[1, 8, 4, 0, 4, 0.07], [2, 16, 0.3, 0, 0.3, 0.06]]
 
 
 @pytest.mark.parametrize("changes, rows, curves, maps, left_out", [
-    ({}, LOSSES, 2, True, []),
+    ({}, LOSSES, 3, True, []),
     ({}, [], 0, True, ["losses"]),
-    (dict(lambda_cap=0.0), NO_CAPTIONING, 1, True, ["scenes"]),
-    (dict(lambda_con=0.0), LOSSES, 2, False, []),
+    (dict(lambda_cap=0.0), NO_CAPTIONING, 2, True, ["scenes"]),
+    (dict(lambda_con=0.0), LOSSES, 3, False, []),
 ])
 def test_what_a_checkpoint_has_not_learned_is_left_out_and_said(
         tmp_path, capsys, changes, rows, curves, maps, left_out):

@@ -12,7 +12,7 @@ import data
 import eval as evaluation
 from coca import CoCaConfig
 from data import PAIRS, Dataset, DoesNotApply, Tokenizer, draw, scene, to_model
-from eval import FINETUNED, FROZEN, embed_classes, embed_images, zero_shot
+from eval import FINETUNED, FROZEN, embed_classes
 from experiments import classify
 from experiments.classify import CHANGES, draw_changed, likelihood_task, redraw, robustness_task
 
@@ -104,6 +104,49 @@ def test_a_likelihood_is_of_all_words_of_a_prompt_and_no_mean_of_them(monkeypatc
         assert of_x ** (1 / 2) < of_y_z ** (1 / 3)  # control: the mean has "y z" both times
 
 
+@torch.no_grad()
+def test_the_prior_is_of_training_images_and_is_taken_off_each_prompt(monkeypatch):
+    model, tokenizer, settings = toy_checkpoint()
+    model.multimodal.head.weight.mul_(4)
+    templates = ["a small {}", "a {} and"]
+    shown = {"zeroshot": some_images(6), "train": 255 - some_images(150), "val": some_images(9)}
+
+    def load(name, data_dir, split, *args, **how):
+        images = shown[split]
+        return Dataset(images, [["a"]] * len(images), np.arange(len(images)) % 3, CLASSES[:3],
+                       templates)
+
+    monkeypatch.setattr(evaluation, "load", load)
+    found = likelihood_task(model, tokenizer, settings)["zero-shot by likelihood, prior off"]
+    texts = [template.format(name) for name in CLASSES[:3] for template in templates]
+    tokens = tokenizer.encode(texts, model.config.text_len)
+
+    def log_p(images):
+        x = to_model(torch.from_numpy(images))
+        rows = []
+        for text in tokens:
+            logits = logits_of(model, x, text.expand(len(x), -1)).log_softmax(-1)
+            real = [t for t in range(len(text) - 1) if text[t + 1] != 0]
+            rows.append(sum(logits[:, t, text[t + 1]] for t in real))
+        return torch.stack(rows, 1)
+
+    def share(prior):
+        off = (log_p(shown["zeroshot"]) - prior).exp().unflatten(1, (3, 2)).sum(2)
+        return (off.argmax(1).numpy() == np.arange(6) % 3).mean(), off
+
+    rows = data.drawn(150, 100)
+    right, off = share(log_p(shown["train"][rows]).mean(0))
+    assert found == (right, 2 / 6)
+    asked = []
+    monkeypatch.setattr(classify, "log_likelihoods", lambda model, tokens, images:
+                        asked.append(images) or torch.zeros(len(images), len(tokens)))
+    likelihood_task(model, tokenizer, settings)
+    assert len(asked) == 2 and np.array_equal(asked[1], shown["train"][rows])
+    for other in (0, log_p(shown["zeroshot"]).mean(0)):  # controls: no prior, that of other images
+        with fails:
+            torch.testing.assert_close(share(other)[1], off)
+
+
 def test_likelihoods_are_of_the_zero_shot_images_and_of_a_captioner(monkeypatch):
     asked = []
 
@@ -157,32 +200,43 @@ def test_redrawn_scenes_are_the_same_scenes():
         assert np.array_equal(redraw(data_set, 6, "zeroshot", {}).images, data_set.images)
 
 
-def test_robustness_is_learned_once_from_plain_scenes_and_asked_of_changed_ones(monkeypatch):
+def test_robustness_is_learned_once_and_asked_in_three_ways_of_the_same_changed_scenes(monkeypatch):
     def score(learner, test):
         asked.append((learner, test))
         return len(asked) / 100
 
+    def by_prompts(model, shown, classes):
+        prompted.append((shown, classes))
+        return len(prompted) / 1000, 0.5
+
     asked = []
+    prompted = []
     model, tokenizer, settings = toy_checkpoint()
     for name in ("bright backgrounds", "outlines", "smaller"):
         monkeypatch.delitem(CHANGES, name)
     lessons = record_lessons(monkeypatch, evaluation)
     monkeypatch.setattr(classify, "accuracy", score)
+    monkeypatch.setattr(classify, "zero_shot_score", by_prompts)
     with torch.no_grad():
         found = robustness_task(model, tokenizer, settings)
     assert list(found) == [f"{name}: {how}" for name in CHANGES
-                           for how in ("zero-shot", "frozen", "finetuned")]
+                           for how in ("by prompts", "frozen", "finetuned")]
     learned = data.shapes("labelled", 8, 0)
     tested = data.shapes("labelled-val", 8, 0)
-    named = data.shapes("zeroshot", 8, 0)
     assert [lesson.recipe for lesson in lessons] == [FROZEN, FINETUNED]  # not for each change
     for lesson in lessons:
         assert same_tensors(lesson.model, model)
         assert np.array_equal(lesson.train[0][0], learned.images)
-    classes = embed_classes(model, tokenizer, named.classes, named.templates)
+    with torch.no_grad():
+        all_48 = embed_classes(model, tokenizer, tested.classes, tested.templates)
+    assert len(all_48) == 48
     for i, (name, change) in enumerate(CHANGES.items()):
         changed = redraw(tested, 0, "labelled-val", change)
         assert (name == "as in training") == np.array_equal(changed.images, tested.images)
+        shown, classes = prompted[i]
+        assert np.array_equal(shown.images, changed.images)  # as frozen and finetuned, below
+        assert np.array_equal(shown.labels, tested.labels) and torch.equal(classes, all_48)
+        assert found[f"{name}: by prompts"] == ((i + 1) / 1000, 0.5)
         for j, (how, lesson) in enumerate(zip(("frozen", "finetuned"), lessons)):
             learner, (images, labels) = asked[2 * i + j]
             assert learner.classifier is lesson.classifier
@@ -190,11 +244,6 @@ def test_robustness_is_learned_once_from_plain_scenes_and_asked_of_changed_ones(
             assert np.array_equal(labels, tested.labels)
             chance = np.bincount(tested.labels).max() / 1000
             assert found[f"{name}: {how}"] == ((2 * i + j + 1) / 100, chance)
-        images = redraw(named, 0, "zeroshot", change).images
-        with torch.no_grad():
-            predicted = zero_shot(embed_images(model, images), classes).numpy()
-        assert found[f"{name}: zero-shot"][0] == (predicted == named.labels).mean()
-    assert found["noise: zero-shot"][1] == np.bincount(named.labels).max() / len(named)
 
 
 def test_robustness_is_of_scenes_and_of_embeddings():

@@ -100,7 +100,7 @@ def make(tmp_path, monkeypatch):
 
     def write(*flags, file="page.html", checkpoint="checkpoint.pt", known=("cat", "dog"),
               **changes):
-        rows = [[1, 8, 4, 3, 10], [2, 16, 0.3, 2, 4.3]]
+        rows = [[1, 8, 4, 3, 10, 0.07], [2, 16, 0.3, 2, 4.3, 0.06]]
         words = [*SPECIAL, HOSTILE, *known, "a"]
         save_checkpoint(checkpoint, *toy_checkpoint(words, **changes), rows=rows)
         report.main([checkpoint, file, "--device", "cpu", *flags])
@@ -112,10 +112,10 @@ PICTURE = ("--image", f"{HOSTILE}.png")
 
 
 @pytest.mark.parametrize("flags, changes, there, absent", [
-    ((), {}, ["Zero-shot classification", "Retrieval", "Chance: always the com"], ["is 0:"]),
+    ((), {}, ["Classification by prompts", "Retrieval", "Chance: always the com"], ["is 0:"]),
     ((), dict(pooler="parallel"), ["3 queries"], ["is 0:"]),
     ((), dict(n_query=0), ["Retrieval"], ["3 queries"]),
-    ((), dict(lambda_con=0.0), ["lambda_con is 0"], ["Zero-shot class", "image embedding"]),
+    ((), dict(lambda_con=0.0), ["lambda_con is 0"], ["Classification by", "image embedding"]),
     ((), dict(lambda_cap=0.0), ["lambda_cap is 0", "Retrieval", "3 queries"], ["<end>"]),
     ((), dict(lambda_cap=0.0, pooler="parallel"), ["image embedding"], ["3 queries"]),
     (PICTURE, {}, ["Captions and", f"{HOSTILE}.png"], ["Retrieval"]),

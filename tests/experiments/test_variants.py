@@ -7,7 +7,7 @@ from toys import WORDS, draw_scenes, few_scenes, record_lessons, toy_checkpoint
 
 import data as data_file
 import train
-from coca import PAD
+from coca import BEGIN, END, PAD
 from data import Tokenizer, scene
 from experiments import ablations, understanding, variants, video
 from experiments.variants import TABLES, VARIANTS, LabelClassifier, halves
@@ -64,6 +64,55 @@ def test_one_half_alone_is_the_same_half():
         assert found.captions == [both.captions[i] for i in rows]
 
 
+@pytest.mark.parametrize("split, given", [(0, "train"), (1, "val")])
+def test_the_single_encoder_learns_all_pairs_of_the_images_that_others_see(split, given):
+    s = settings("--seed", "4")
+    found = variants.labelled_things(s)[split]
+    plain = train.load_data(vars(s), given)
+    assert (found.images == plain.images).all()
+    for i, (text,) in enumerate(found.captions):
+        things, _ = scene(4, given, i)
+        assert data_file.words(text) == [f"{thing.colour}_{thing.shape}" for thing in things]
+
+
+def test_the_captions_of_half_the_training_images_are_exchanged_and_no_others():
+    s = settings("--seed", "4")
+    plain = [train.load_data(vars(s), split) for split in ("train", "val")]
+    noisy, val = variants.exchanged(s)
+    assert val.captions == plain[1].captions  # evaluation is untouched
+    assert (noisy.images == plain[0].images).all()
+    assert sorted(noisy.captions) == sorted(plain[0].captions)  # none is lost
+    moved = [a != b for a, b in zip(noisy.captions, plain[0].captions, strict=True)]
+    assert sum(moved) == len(moved) // 2
+    with fails:  # control: at another seed other images
+        others = variants.exchanged(settings("--seed", "5"))[0].captions
+        alone = train.load_data(vars(settings("--seed", "5")), "train").captions
+        assert moved == [a != b for a, b in zip(others, alone, strict=True)]
+
+
+@pytest.mark.parametrize("name, order", [("labels first", (0, 1)), ("captions first", (1, 0)),
+                                         ("one stage", None)])
+def test_stages_are_learned_in_their_order_with_one_vocabulary(name, order, monkeypatch):
+    halves_of = [*halves(settings())[0].captions[:8]], [*halves(settings())[0].captions[8:]]
+    stages = []
+
+    def learn(model, optimizer, batches, s):
+        stages.append((batches.data.captions, s.steps, optimizer, model))
+        yield from range(s.steps)
+
+    monkeypatch.setattr(train, "train", learn)
+    job = ablations.make_job(name, "shapes", 32, 0)
+    s, model, tokenizer, _, steps = ablations.compose(job.flags, VARIANTS[name])
+    assert [*steps] == ([0, 1] * 2 if order else [0, 1, 2, 3])  # as many images, schedules anew
+    assert {"photo", "small"} <= set(tokenizer.words)
+    assert all(stage[3] is model for stage in stages)
+    if order:
+        assert [stage[0] for stage in stages] == [halves_of[k] for k in order]
+        assert stages[0][2] is not stages[1][2]
+    else:
+        assert len(stages) == 1 and stages[0][0] == halves_of[0] + halves_of[1]
+
+
 @pytest.mark.parametrize("variant, written", [("classifier", "{}_{}"), ("encoder-decoder", "a {} {}")])
 def test_labels_are_read_off_as_captions(variant, written, monkeypatch):
     def all_but_one(model, tokenizer, images):
@@ -83,16 +132,54 @@ def test_labels_are_read_off_as_captions(variant, written, monkeypatch):
     assert ("val_cap" in line) == (variant == "encoder-decoder")  # the classifier's is Eq. (1)
 
 
-def test_a_classifier_learns_the_first_word():
-    coca, images, tokens = CONTROL.example()
+def test_a_classifier_learns_each_of_its_k_words_with_1_over_k():
+    coca, images, _ = CONTROL.example()
+    tokens = torch.tensor([[BEGIN, 5, END, PAD, PAD], [BEGIN, 6, 4, END, PAD], [BEGIN, 7, 7, 5, END]])
+    images = images[:3]
     model = LabelClassifier(coca)
     assert torch.equal(model.encoder(images), coca.encoder(images))
     p = model.classify(images).softmax(-1)
-    right = p[torch.arange(len(p)), tokens[:, 1]]
-    torch.testing.assert_close(model.losses(images, tokens).total, -right.log().mean())
+    log_p = p.log()
+    wanted = log_p[0, 5] + (log_p[1, 6] + log_p[1, 4]) / 2 + (2 * log_p[2, 7] + log_p[2, 5]) / 3
+    torch.testing.assert_close(model.losses(images, tokens).total, -wanted / 3)
     assert torch.equal(model.generate(images)[:, 0], p.argmax(-1))
-    with fails:  # control: another label
-        torch.testing.assert_close(model.losses(images, tokens.roll(1, 0)).total, -right.log().mean())
+    with fails:  # control: the first word alone
+        first = log_p[0, 5] + log_p[1, 6] + log_p[2, 7]
+        torch.testing.assert_close(model.losses(images, tokens).total, -first / 3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_eq_2_compares_the_pairs_of_a_group_only(size):
+    coca, images, tokens = CONTROL.example()
+    images = torch.cat([images, images.flip(-1)])
+    tokens = torch.cat([tokens, tokens.roll(1, 0)])
+    n = len(tokens)
+    groups = [range(i, min(i + size, n)) for i in range(0, n, size)]
+    each = [coca.losses(images[[*rows]], tokens[[*rows]]).con for rows in groups]
+    whole = coca.losses(images, tokens)
+    found = variants.in_groups(coca, size).losses(images, tokens)
+    torch.testing.assert_close(found.con, torch.stack(each).mean())
+    torch.testing.assert_close(found.cap, whole.cap)
+    c = coca.config
+    torch.testing.assert_close(found.total, c.lambda_con * found.con + c.lambda_cap * found.cap)
+    if size < n:
+        with fails:  # control: the whole batch
+            torch.testing.assert_close(found.con, whole.con)
+
+
+def test_only_the_pairs_compared_differ_and_only_the_width():
+    for N in (24, 96, 384):
+        job = ablations.make_job(f"N {N}", "shapes", 59_904, 0)
+        assert "--steps 156 --batch-size 384" in job.flags
+        assert job._replace(variant="") == ablations.make_job(
+            "N 24", "shapes", 59_904, 0)._replace(variant="")
+    sizes = {}
+    for name in ("default", "width 64", "width 192"):
+        job = ablations.make_job(name, "shapes", IMAGES, 0)
+        model = ablations.compose(job.flags, VARIANTS[name])[1]
+        sizes[name] = model.config.width, model.config.width // model.config.heads
+    assert sizes["width 64"] == (64, 32) and sizes["width 192"] == (192, 32)
+    assert sizes["default"][0] == 32  # of few_scenes
 
 
 def test_a_class_is_one_word():
@@ -164,6 +251,8 @@ def test_questions_and_videos_are_learned_with_a_frozen_model_and_asked_of_other
         assert not torch.equal(found.train[0][0][:300], found.test[0][0][:300])
     assert clips.classifier.time is None
     refused("lacks words", variants.frozen_questions_task, model, Tokenizer(WORDS[:9]), s)
+    with pytest.raises(data_file.DoesNotApply):  # half of the decoder has learned nothing
+        variants.frozen_questions_task(*toy_checkpoint(lambda_cap=0.0))
 
 
 @torch.no_grad()
