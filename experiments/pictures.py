@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coca import BEGIN, END, PAD, causal_mask, text_mask
+from coca import BEGIN, END, PAD, CoCaConfig, causal_mask, text_mask
 from data import UserError, note, replacing, run_program, to_model
 from eval import load_checkpoint, load_split, tokenised
 from experiments.ablations import LINES, read_lines, values_of
@@ -31,6 +31,7 @@ from experiments.variants import (
     VARIANTS,
     ZERO_SHOT,
 )
+from train import PRESETS
 
 # ------------------------------------------------------------------------------------------------
 # SVG
@@ -197,7 +198,63 @@ def from_checkpoint(path):
 
 
 # ------------------------------------------------------------------------------------------------
-# From nothing: a mask, and the same with a bug
+# From nothing: the architecture; a mask, and the same with a bug
+
+
+def box(name, below, x, y, fill, width=200):
+    """A module, named as in coca.py, and what it gives; (x, y): the middle of its lower edge."""
+    return [tag("rect", x=x - width / 2, y=y - 46, width=width, height=46, rx=8, fill=fill),
+            text(name, x, y - 27, text_anchor="middle", font_size=15, font_weight="bold"),
+            text(below, x, y - 9, text_anchor="middle", font_size=14)]
+
+
+def arrow(*points, **how):
+    """A line through points (x, y) that ends in a head."""
+    path = "M" + " L".join(f"{x} {y}" for x, y in points)
+    return tag("path", d=path, fill="none", stroke="#555", stroke_width=2, marker_end="url(#head)",
+               **how)
+
+
+def draw_architecture():
+    """Figure 2 with the cascade of Sec. 3.2: what CoCa.forward and CoCa.losses do with a batch."""
+    c = CoCaConfig(patch_size=PRESETS["shapes"]["patch_size"])
+    S, Q, D = c.image_size, c.n_query, c.width
+    P = (S // c.patch_size) ** 2
+    blue, green, orange, red = "#d7e6fb", "#dff0d8", "#fde9c9", "#f6d5d5"
+    left = 118
+    right = 378
+    head = tag("marker", tag("path", d="M0 0 L8 4 L0 8 z", fill="#555"), id="head", refX=7, refY=4,
+               markerWidth=8, markerHeight=8, orient="auto")
+    parts = [
+        head,
+        *box("images", f"(B, 3, {S}, {S})", left, 500, "#eee", 150),
+        *box("captions, then [CLS]", "(B, L + 1)", right, 500, "#eee", 196),
+        *box("encoder", f"(B, {P}, {D}) image tokens", left, 410, blue),
+        *box("generative_pooler", f"(B, {Q}, {D}), {Q} queries", left, 320, blue),
+        *box("contrastive_pooler", f"(B, 1, {D}), 1 query", left, 200, blue),
+        *box("unimodal", "causal; sees no image", right, 410, green, 180),
+        *box("multimodal", "causal; reads the image", right, 260, orange, 180),
+        *box("contrastive_loss", "Eq. (2)", left, 70, red),
+        *box("captioning_loss", "Eq. (3)", right, 70, red, 180),
+        arrow((left, 454), (left, 412)),
+        arrow((left, 364), (left, 322)),
+        arrow((left, 274), (left, 202)),
+        arrow((left, 154), (left, 72)),
+        text(f"x (B, {D})", left - 8, 118, font_size=14, text_anchor="end"),
+        arrow((right, 454), (right, 412)),
+        arrow((right, 364), (right, 262)),
+        text(f"(B, L, {D})", right + 8, 318, font_size=14),
+        arrow((left + 100, 297), (left + 138, 297), (left + 138, 240), (right - 92, 240),
+              stroke_dasharray="6 4"),
+        text("cross-attention", left + 120, 262, font_size=14, text_anchor="end"),
+        arrow((right - 60, 364), (right - 60, 345), (245, 345), (245, 47), (left + 102, 47)),
+        text(f"[CLS]: y (B, {D})", 253, 118, font_size=14),
+        arrow((right, 214), (right, 72)),
+        text("next words", right + 8, 150, font_size=14),
+    ]
+    return page("CoCa: an image encoder, two poolers, a text decoder cut in half, and two losses",
+                500, 512, *parts)
+
 
 
 def shifted_mask(tokens):
@@ -316,7 +373,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{args.out}: no folder ({e.strerror}); give another --out") from None
-    pages = {"masks": draw_masks()}
+    pages = {"coca": draw_architecture(), "masks": draw_masks()}
     if args.checkpoint:
         pages.update(from_checkpoint(args.checkpoint))
     if ENTROPY.exists():

@@ -12,8 +12,9 @@ import torch
 from helpers import CONTROL, fails, refused
 from toys import few_scenes, save_checkpoint, toy_checkpoint
 
+import coca
 import train
-from coca import BEGIN, END, PAD, causal_mask, text_mask
+from coca import BEGIN, END, PAD, CoCa, CoCaConfig, causal_mask, text_mask
 from data import Dataset, UserError, note
 from experiments import ablations, pictures, variants
 from experiments.ablations import Difference, as_text, paired_difference, verdict
@@ -194,9 +195,9 @@ def test_a_table_is_of_its_own_runs(tmp_path, monkeypatch, capsys):
     assert "cost of a step" in of_b and "cost of a step" not in of_e  # only in b
 
 
-def test_some_tables_have_three_seeds(capsys):
+def test_some_tables_have_three_seeds():
     args = type("Args", (), dict(seeds=None, data="shapes", data_dir=None, images=None))
-    for row, (_, line) in TABLES.items():
+    for row in TABLES:
         seeds_there = {job.seed for job in ablations.jobs_of([row], args)}
         assert len(seeds_there) == (3 if row in ("pairs", "sizes") else 6)
     args.seeds = [4]
@@ -343,6 +344,27 @@ def test_the_tables_on_the_page_are_those_of_the_csv(capsys, monkeypatch):
 # pictures.py
 
 
+@torch.no_grad()
+def test_the_drawing_has_the_shapes_that_the_model_gives(tmp_path):
+    c = CoCaConfig(patch_size=train.PRESETS["shapes"]["patch_size"])
+    model = CoCa(c)
+    images = torch.zeros(3, 3, c.image_size, c.image_size)
+    tokens = torch.full((3, 7), 5)
+    image_tokens = model.encoder(images)
+    context, x = model.pool_image(images)
+    states, y = model.unimodal(tokens)
+    svg = pictures.draw_architecture()
+    for there, shape in ((images, "(B, 3, 32, 32)<"), (image_tokens, "(B, 16, 128) image tokens"),
+                         (context, "(B, 16, 128), 16 queries"), (x, "x (B, 128)"),
+                         (y, "[CLS]: y (B, 128)"), (states, "(B, L, 128)"),
+                         (model.contrastive_pooler(context), "(B, 1, 128), 1 query")):
+        of_model = str(tuple(there.shape)).replace("(3, ", "(B, ", 1).replace("B, 7", "B, L")
+        assert of_model in shape and shape in svg
+    for name in ("encoder", "generative_pooler", "contrastive_pooler", "unimodal", "multimodal"):
+        assert hasattr(model, name) and f">{name}<" in svg
+    assert hasattr(coca, "contrastive_loss") and hasattr(coca, "captioning_loss")
+
+
 def test_weights_are_zero_where_the_mask_says_so():
     tokens = CONTROL.tokens()
     weights = pictures.attention_weights(CONTROL.model(), tokens)
@@ -406,7 +428,7 @@ def test_what_a_checkpoint_has_not_learned_is_left_out_and_said(
         tmp_path, capsys, changes, rows, curves, maps, left_out):
     save_checkpoint(tmp_path / "checkpoint.pt", *toy_checkpoint(**changes), rows=rows)
     pictures.main([str(tmp_path), "--out", str(tmp_path)])
-    names = {"masks", "scenes", "attention", "mask", "losses", "entropy", "ablations"}
+    names = {"coca", "masks", "scenes", "attention", "mask", "losses", "entropy", "ablations"}
     assert {path.stem for path in tmp_path.glob("*.svg")} == names - {*left_out}
     assert re.findall("note: (.*) left out", capsys.readouterr().err) == left_out
     if curves:
