@@ -3,11 +3,12 @@
     arXiv 2205.01917
     python coca.py      one forward pass: shapes, the mask, both losses, parameter counts
 
-One model that is a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1): an image
-encoder, two attentional poolers, and a text decoder cut in half. The lower (unimodal) half never
-looks at the image and gives the text embedding of a contrastive loss. The upper (multimodal) half
-reads the image and writes the caption. CoCa.forward and CoCa.losses are Figure 2. They are what
-trains.
+Here you see the whole model: an image encoder, two attentional poolers, and a text decoder cut in
+half, so that one model is a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1). The
+lower (unimodal) half never looks at the image and gives the text embedding of a contrastive loss.
+The upper (multimodal) half reads the image and writes the caption. CoCa.forward and CoCa.losses are
+Figure 2, and they are what trains (with --accum or several processes CoCa.forward alone: see
+train.large_batch_backward). `tour`, at the end, may be skipped.
 
 Figure 2, step by step                        here                    what differs
      1. a ViT turns the image into tokens     ImageEncoder
@@ -15,30 +16,32 @@ Figure 2, step by step                        here                    what diffe
      3. N caption queries pool the tokens     generative_pooler
      4. one contrastive query pools, too      contrastive_pooler      it reads 3 (the cascade of
                                                                       Sec. 3.2), not 1 as drawn
-     5. [CLS] goes behind the padded text     UnimodalDecoder.embed   a vector of its own, no word
+     5. [CLS] is put after the padded text    UnimodalDecoder.embed   a vector of its own, no word
                                               (.forward takes it out)
      6. a mask hides the padding, not [CLS]   text_mask
-     7. <end> is a target, never an input     text_mask               in the input, but hidden
+     7. <end> is a target, never an input     text_mask               in the input, but masked
      8. lower layers: causal self-attention   causal_mask,
                                               UnimodalDecoder
      9. LayerNorm; [CLS] embeds the text      UnimodalDecoder.norm
-    10. upper layers: the rest, cross-        MultimodalDecoder       no padding mask: it comes last
-        attending to 3
+    10. upper layers: all tokens but [CLS],   MultimodalDecoder       padding comes last, so it
+        cross-attending to 3                                          needs no mask
     11. contrastive loss of 4 and 9           contrastive_loss        equal captions are positives
     12. captioning loss, padding left out     captioning_loss
 Eq. (4), CoCa.losses, adds up 11 and 12. CoCa.generate captions (Table 7). Table 1 is CONFIGS.
-Table 8's rows: (b), (c) lambda_con, lambda_cap; (d) n_uni, n_multi; (e) UnimodalDecoder.cls;
-(f) pooler, n_query.
+Table 8's rows as settings: (b), (c) lambda_con, lambda_cap; (d) n_uni, n_multi; (f) pooler,
+n_query. (a) and (e) are other models, in experiments/variants.py.
 
 What the paper leaves open, and what we chose. The authors' later code (google-research, vila)
 agrees where an item has a *:
     model       pre-LayerNorm *; GELU; no class token in the ViT *; learned positions, those of the
                 image starting as 2-D sinusoids; [CLS] without a position *; heads of the poolers =
                 heads of the model; no projection to a joint space * (nor in Figure 2); no dropout;
-                texts of 64 tokens for the paper's sizes *; initial values
+                texts of 64 tokens for the paper's sizes *; initial values, the patch embedding's
+                from the data (train.whiten_patches)
     losses      Eq. (2) as the sum that is printed (theirs is the mean of both directions); Eq. (3)
                 as a mean over the batch's target tokens *; temperature within [0.01, 1]
-    training    images in [-1, 1] (theirs [0, 1]); crops and flips of photographs; gradients clipped
+    training    images in [-1, 1] (theirs [0, 1]); one prompt a batch where labels are texts
+                (data.Batches); crops and flips of photographs; gradients clipped
                 to norm 1 (Tables 9 and 10 say so for finetuning); learning rate falls to 0;
                 bfloat16 on GPUs; no moving average of the weights
     video       no temporal embedding; 8 frames for classification (Sec. 3.3 says 16 for retrieval)
@@ -69,7 +72,9 @@ PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3  # special tokens; a caption is BEGIN word
 
 @dataclass
 class CoCaConfig:
-    """Sizes of a CoCa, tiny by default; ValueError if they do not fit. Comments: what | Base."""
+    """Sizes of a CoCa, tiny by default. ValueError if they do not fit together. Each comment: what
+    it is | its value in CoCa-Base.
+    """
 
     image_size: int = 32  # S, pixels a side | 288, then 576
     patch_size: int = 4  # pixels a side | 18
@@ -122,13 +127,13 @@ def causal_mask(L, device=None):
     """(L, L) bool, True = the token of that row may look at that of the column: itself or before.
 
     MultimodalDecoder.forward asks for it, and UnimodalDecoder.forward through text_mask.
-    CoCa.forward, and so training, runs both.
+    CoCa.forward, and so training, runs both (with lambda_cap 0 the lower one alone).
     """
     return torch.ones(L, L, dtype=torch.bool, device=device).tril()
 
 
 def text_mask(tokens):
-    """The mask of the lower half, [CLS] behind the text: tokens (B, L) -> (B, 1, L + 1, L + 1).
+    """The mask of the lower half, where [CLS] comes last: tokens (B, L) -> (B, 1, L + 1, L + 1).
 
     True (x) = may look. For "a red ring", in a batch whose longest caption has one word more:
 
@@ -137,7 +142,7 @@ def text_mask(tokens):
         a              x      x    .     .     .      .      .
         red            x      x    x     .     .      .      .
         ring           x      x    x     x     .      .      .
-        <end>          x      x    x     x     .      .      .     nothing is read from this row
+        <end>          x      x    x     x     .      .      .     nothing is learned from this row
         <pad>          x      x    x     x     .      .      .     nor from this
         [CLS]          x      x    x     x     .      .      x     becomes the text embedding
 
@@ -195,8 +200,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x, context=None, cache=None):
-        """-> k and v (B, H, Lk, d). cache: a dict {layer: (k, v)}, in generation. Those of the
-        image are computed in the first call and kept. Those of a new token are added to the rest.
+        """-> k and v (B, H, Lk, d). cache: in generation a dict {layer: (k, v)}. Keys and values of
+        the image are computed in the first call and kept; those of a new token are appended.
         """
         if cache is None:
             cache = {}
@@ -257,8 +262,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.image_size = c.image_size
         self.patches = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
-        # As strong as the patches' content: at 0.2 of this it took twice as many images until
-        # captions had the places of things right
+        # Nearly as strong as the patches' content (0.7 beside 1 when train.py starts): at 0.2 of
+        # this captions named the right corners only after twice as many images
         self.position = nn.Parameter(sinusoids_2d(c.image_size // c.patch_size, c.width))
         self.blocks = nn.ModuleList(
             Block(c.width, c.heads, c.encoder_mlp) for _ in range(c.encoder_layers))
@@ -287,7 +292,7 @@ class AttentionalPooler(nn.Module):
 
     def __init__(self, width, heads, n_query):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(n_query, width))  # large: they differ from the start
+        self.query = nn.Parameter(torch.randn(n_query, width))  # so large that they differ at once
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
 
@@ -306,10 +311,10 @@ class AttentionalPooler(nn.Module):
 
 
 class UnimodalDecoder(nn.Module):
-    """The n_uni lower layers: causal self-attention, a learned [CLS] behind the text.
+    """The n_uni lower layers: causal self-attention, a learned [CLS] after the text.
 
-    [CLS] goes last because under a causal mask only the last token sees the whole text. It stands
-    behind the padding, so a position would tell it how long the longest text of the batch is: it
+    [CLS] comes last because under a causal mask only the last token sees the whole text. It stands
+    after the padding, so a position would tell it how long the longest text of the batch is: it
     has none. The multimodal half does not get it, as it predicts no word.
     """
 
@@ -323,7 +328,7 @@ class UnimodalDecoder(nn.Module):
         self.norm = nn.LayerNorm(c.width)
 
     def embed(self, tokens):
-        """tokens (B, L) -> with positions and, behind them, [CLS]: (B, L + 1, D)."""
+        """tokens (B, L) -> tokens with positions, then [CLS]: (B, L + 1, D)."""
         B, L = tokens.shape
         if L > len(self.position):
             raise ValueError(f"a text of {L} tokens is longer than text_len {len(self.position)}")
@@ -377,13 +382,15 @@ def contrastive_loss(x, y, temperature, ids, rows=slice(None)):
                      + sum_i log softmax_j(y_i.x_j / sigma)_i).
 
     Image embeddings x and text embeddings y (N, E), unit norm; temperature sigma > 0 -> scalar.
-    The two directions are added, as the paper prints it; CLIP averages them, which is half of this.
+    The two directions are added, as the paper prints it. CLIP averages them: for that, return half
+    of this (--lambda-con 0.5 does the same).
     ids (N,): equal numbers mark equal captions, which are each other's positives (UniCL, Yang et
     al. 2022). Among m equal captions each is the target with weight 1/m. Cross-entropy cannot then
     fall below log m, so log m is taken off, and the best loss is 0 again. The paper has no such
     rule. But half of its batch, and all of CIFAR, is class names: in 64 images of 10 classes six or
     seven captions are equal, and Eq. (2) as printed cannot fall below 1.9 a direction.
-    rows: the mean over these i only, each still compared with all N (train.large_batch_backward).
+    rows: the mean over these i only, each still compared with all N. A batch in parts needs it
+    (train.large_batch_backward).
     """
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)
@@ -407,8 +414,9 @@ def captioning_loss(logits, targets):
 def caption_ids(tokens):
     """tokens (N, L) -> (N,), equal numbers for equal captions, for contrastive_loss.
 
-    Computed on the CPU, because not every device can. This waits for a GPU, so it comes before the
-    model. (Batches draws one prompt a batch: then equal classes have equal captions.)
+    On the CPU, as not every device has torch.unique. A GPU must then be waited for, so CoCa.losses
+    asks before it runs the model. (Where labels are texts data.Batches draws one prompt a batch:
+    then equal classes have equal captions.)
     """
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 
@@ -606,9 +614,9 @@ def tour():
         print(f"  {name:8}", *(f"{'.x'[may]:>8}" for may in row))
 
     loss = model.losses(images, tokens)
-    print("\nLosses before training, and those of equal probabilities for all:")
+    print("\nLosses before training, and about what to expect (1/2: logits have a variance of 1):")
     print(f"  Eq. (2), contrastive {loss.con:.2f}   2 ln N = {2 * math.log(4):.2f} for 4 pairs")
-    print(f"  Eq. (3), captioning  {loss.cap:.2f}     ln V = {math.log(9):.2f} for 9 tokens")
+    print(f"  Eq. (3), captioning  {loss.cap:.2f}   ln V + 1/2 = {math.log(9) + 0.5:.2f} for 9 tokens")
 
     print("\nMillions of parameters (in brackets: Table 1, which seems to leave the poolers out):")
     for name, (encoder, decoder) in TABLE_1.items():

@@ -1,5 +1,8 @@
 """Data for CoCa: generated scenes, CIFAR, COCO and your own captioned images, all as one `Dataset`.
 
+You see what a Dataset is, how captions become tokens, how batches are made, and how scenes are
+drawn. Reading files, below the line, may be skipped.
+
     load("shapes")                generated, nothing to download: what train.py uses by itself
     load("cifar10", "DIR")        or cifar100; the official python files in DIR
     load("coco", "DIR")           DIR/annotations/captions_train2017.json, DIR/train2017/, ...
@@ -216,8 +219,8 @@ class Batches:
     """Training batches by number: step -> images (B, 3, S, S) float, tokens (B, L).
 
     Every epoch has its own order; the last, short batch is dropped. One random number a batch says
-    which of its captions an image has. A batch depends on its number alone: nothing to replay on
-    resume.
+    which of its captions an image has. A batch depends on the seed and its number, not on those
+    before it: nothing to replay on resume.
     own: which rows of each batch, where processes share it.
     """
 

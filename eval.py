@@ -6,8 +6,10 @@
     python eval.py runs/coco --data cifar10 --data-dir DIR    other data
     python eval.py runs/shapes --json scores.json             scores for machines
 
-Each score is printed with its chance level. Videos, questions, your own texts for your own pictures
-and a page with pictures are in experiments/.
+You see how each score is computed: classes by prompts, retrieval, captions, and classifiers that
+learn on frozen or finetuned features. Each is printed with its chance level. Checkpoints and files,
+below the line, may be skipped. Videos, questions, your own texts for your own pictures and a page
+with pictures are in experiments/.
 """
 import argparse
 import copy
@@ -399,8 +401,8 @@ def captioning_task(model, tokenizer, s, most=1000, examples=2):
 class Classifier(nn.Module):
     """A *new* one-query pooler and a linear layer, on tokens of encoder or decoder (Sec. 3.3, 4.2).
 
-    Frozen: it alone learns. Finetuned: the encoder learns, too. Both read the encoder's tokens, and
-    no pretrained pooler. pooled=False, in frozen_task only: a linear probe, on the mean token.
+    Frozen: it alone learns. Finetuned: the encoder learns, too. Both tasks here read the encoder's
+    tokens, and no pretrained pooler. pooled=False: a linear probe on the mean token.
     """
 
     def __init__(self, width, heads, classes, pooled=True):

@@ -1,5 +1,9 @@
 """Train a CoCa (Sec. 3.2, Eq. (4)) with the paper's recipe (Sec. 4.1) scaled down.
 
+First the loop, `train`, which is all that a first reading needs; then the recipe, batches in
+several parts, models from other models, and each data set's settings. What is below the line may be
+skipped.
+
     python train.py                                                    generated scenes, on a CPU
     python train.py --data cifar10 --data-dir DIR                      CIFAR-10 in DIR
     python train.py --data coco --data-dir DIR --subset 1000           COCO captions
@@ -284,9 +288,9 @@ def whiten_patches(layer, images, whitening):
 # ------------------------------------------------------------------------------------------------
 # Settings that depend on the data, and the parts of a model
 
-# The paper's learning rate is 8e-4 (Sec. 4.1), for models that
-# are hundreds of times larger and 500,000 steps. Those of shapes, cifar10 and captions were chosen
-# on training images kept apart (--val-from-train); cifar100 and coco take them over.
+# The paper's learning rate is 8e-4 (Sec. 4.1), for models that are hundreds of times larger and
+# 500,000 steps. Those of cifar10 and captions were chosen on training images kept apart
+# (--val-from-train), that of shapes on scenes of other seeds; cifar100 and coco take them over.
 CIFARS = dict(steps=6250, batch_size=32, lr=2.5e-4, encoder_layers=6)
 CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
 PRESETS = {
@@ -308,7 +312,7 @@ PARTS = {  # what --train and --fresh name
 
 # Settings
 
-# On --resume: these change the result by rounding at most
+# On --resume: these change nothing but rounding
 MAY_CHANGE = "data data_dir accum grad_checkpoint compile".split()  # (data: see check_data)
 NOT_KEPT = "help out resume device last_file".split()
 SAVE_EVERY = 30  # seconds; longer if saving would take over 5 % of the time
@@ -318,8 +322,9 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{post
 def parse_args(argv=None):
     """-> settings and, with --resume or --init, what load_checkpoint gives.
 
-    What no flag says comes from the checkpoint (--resume: all; --init: sizes and loss weights),
-    else from --config, else from PRESETS, else from the tiny configuration and the defaults here.
+    A setting without a flag is taken from the checkpoint (--resume: all; --init: sizes and loss
+    weights), else from --config, else from PRESETS, else from the tiny configuration and the
+    defaults here.
     """
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], usage="python train.py [options]", add_help=False,
@@ -335,7 +340,7 @@ def parse_args(argv=None):
     flag("--init", type=os.path.abspath, help="start from this checkpoint's sizes, vocabulary and "
          "weights; positions are interpolated to --image-size")
     flag("--fresh", nargs="+", choices=PARTS, default=[],
-         help="parts not from --init; a fresh decoder learns a new vocabulary too")
+         help="parts to start anew; a fresh decoder learns a new vocabulary, too")
     flag("--train", nargs="+", choices=PARTS, default=list(PARTS),
          help="parts that learn, beside the temperature")
     flag("--steps", type=at_least(1), help="training steps")
@@ -353,7 +358,7 @@ def parse_args(argv=None):
     flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
     flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
     flag("--resume", action="store_true", help="go on with the run in --out")
-    flag("--accum", type=at_least(1), default=1, help="parts to compute a batch in, same gradients")
+    flag("--accum", type=at_least(1), default=1, help="parts to compute each process's share of a batch in")
     flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
          help="recompute activations in backward: less memory, same gradients")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
