@@ -614,9 +614,10 @@ def tour():
         print(f"  {name:8}", *(f"{'.x'[may]:>8}" for may in row))
 
     loss = model.losses(images, tokens)
-    print("\nLosses before training, and about what to expect (1/2: logits have a variance of 1):")
+    print("\nLosses before training, and about what to expect (1/2: logits' variance is 1):")
     print(f"  Eq. (2), contrastive {loss.con:.2f}   2 ln N = {2 * math.log(4):.2f} for 4 pairs")
-    print(f"  Eq. (3), captioning  {loss.cap:.2f}   ln V + 1/2 = {math.log(9) + 0.5:.2f} for 9 tokens")
+    expected = math.log(9) + 0.5
+    print(f"  Eq. (3), captioning  {loss.cap:.2f}   ln V + 1/2 = {expected:.2f} for 9 tokens")
 
     print("\nMillions of parameters (in brackets: Table 1, which seems to leave the poolers out):")
     for name, (encoder, decoder) in TABLE_1.items():

@@ -358,7 +358,7 @@ def parse_args(argv=None):
     flag("--device", default="auto", help="cuda, mps or cpu; auto = the first there is")
     flag("--out", help="folder for checkpoint and metrics, else a new runs/DATA")
     flag("--resume", action="store_true", help="go on with the run in --out")
-    flag("--accum", type=at_least(1), default=1, help="parts to compute each process's share of a batch in")
+    flag("--accum", type=at_least(1), default=1, help="parts of each process's share of a batch")
     flag("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
          help="recompute activations in backward: less memory, same gradients")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
