@@ -58,10 +58,10 @@ def point(model, images, tokens, things):
                 weights = words[:, place + k * NEXT_THING - 1]          # (B, P), as it is predicted
                 hits.append(own[:, k].gather(1, weights.argmax(1, keepdim=True)).float().mean())
                 shares.append((weights * own[:, k]).sum(1).mean())
-        found[f"most attended patch, {kind}"] = sum(hits) / len(hits), 1 / 4
-        found[f"share of attention, {kind}"] = sum(shares) / len(shares), 1 / 4
+        found[f"pointing, {kind}"] = sum(hits) / len(hits), 1 / 4
+        found[f"attention there, {kind}"] = sum(shares) / len(shares), 1 / 4
     share = (embedding[:, 0] * own.any(1)).sum(1).mean()
-    found["share of attention, image embedding"] = share, 2 / 4
+    found["attention, image embedding"] = share, 2 / 4
     return found
 
 

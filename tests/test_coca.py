@@ -1,7 +1,11 @@
 """coca.py as a whole: what it prints, a new model's embeddings, and no checkpoint with a gap."""
+import ast
+import inspect
 import math
 import re
 import runpy
+import textwrap
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -123,3 +127,18 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, tmp_path):
     refused(path.name, load_checkpoint, path)
     with mock.patch.object(CoCa, "load_state_dict", lenient), pytest.raises(pytest.fail.Exception):
         refused(path.name, load_checkpoint, path)  # control: the gap is left as it is
+
+
+def without_docstring(function):
+    """Its source, indented as at the top level."""
+    lines = inspect.getsource(function).splitlines()
+    node = ast.parse(textwrap.dedent("\n".join(lines))).body[0]
+    docstring = node.body[0]
+    kept = lines[:docstring.lineno - 1] + lines[docstring.end_lineno:]
+    return textwrap.dedent("\n".join(kept))
+
+
+def test_the_readme_prints_the_forward_pass_and_the_losses_as_they_are():
+    page = (Path(coca.__file__).parent / "README.md").read_text(encoding="utf-8")
+    code = [without_docstring(coca.CoCa.forward), without_docstring(coca.CoCa.losses)]
+    assert "```python\n" + "\n\n".join(code) + "\n```" in page

@@ -82,14 +82,14 @@ def test_words_point_into_the_quadrant_of_the_thing_they_name(monkeypatch):
     attending(monkeypatch, things, free)
     found = point(model, images, tokens, things)
     for kind in PLACES:
-        assert found[f"most attended patch, {kind}"] == (1, 1 / 4)
-        share, chance = found[f"share of attention, {kind}"]
+        assert found[f"pointing, {kind}"] == (1, 1 / 4)
+        share, chance = found[f"attention there, {kind}"]
         assert (float(share), chance) == (pytest.approx(0.7), 1 / 4)
-    share, chance = found["share of attention, image embedding"]
+    share, chance = found["attention, image embedding"]
     assert (float(share), chance) == (pytest.approx(0.5), 2 / 4)
     with fails:  # control: the words of the one looked at as those of the other
         swapped = point(model, images, tokens, [both[::-1] for both in things])
-        assert swapped["most attended patch, shape"][0] > 0.5
+        assert swapped["pointing, shape"][0] > 0.5
 
 
 @torch.no_grad()
