@@ -29,7 +29,7 @@ Figure 2, step by step                        here                    what diffe
     12. captioning loss, padding left out     captioning_loss
 Eq. (4), CoCa.losses, adds up 11 and 12. CoCa.generate captions (Table 7). Table 1 is CONFIGS.
 Table 8's rows as settings: (b), (c) lambda_con, lambda_cap; (d) n_uni, n_multi; (f) pooler,
-n_query. (a) and (e) are other models, in experiments/variants.py.
+n_query. (a)'s classifier and (e)'s mean of [CLS] and text are in experiments/variants.py.
 
 What the paper leaves open, and what we chose. The authors' later code (google-research, vila)
 agrees where an item has a *:
@@ -40,13 +40,13 @@ agrees where an item has a *:
                 from the data (train.whiten_patches)
     losses      Eq. (2) as the sum that is printed (theirs is the mean of both directions); Eq. (3)
                 as a mean over the batch's target tokens *; temperature within [0.01, 1]
-    training    images in [-1, 1] (theirs [0, 1]); one prompt a batch where labels are texts
-                (data.Batches); crops and flips of photographs; gradients clipped
+    training    images in [-1, 1] (theirs [0, 1]); crops and flips of photographs; gradients clipped
                 to norm 1 (Tables 9 and 10 say so for finetuning); learning rate falls to 0;
                 bfloat16 on GPUs; no moving average of the weights
     video       no temporal embedding; 8 frames for classification (Sec. 3.3 says 16 for retrieval)
 Where we differ: equal captions are each other's positives in Eq. (2), the rule of UniCL (Yang et
-al. 2022); AdamW instead of Adafactor; whole words instead of SentencePiece; sizes and data.
+al. 2022); one random number a batch chooses its prompts (data.Batches), where the paper draws one
+an image; AdamW instead of Adafactor; whole words instead of SentencePiece; sizes and data.
 
 Dimension letters
     B batch   P image tokens (patches)   Q pooled image tokens (n_query)   L text tokens   D width
@@ -142,7 +142,7 @@ def text_mask(tokens):
         a              x      x    .     .     .      .      .
         red            x      x    x     .     .      .      .
         ring           x      x    x     x     .      .      .
-        <end>          x      x    x     x     .      .      .     nothing is learned from this row
+        <end>          x      x    x     x     .      .      .     no loss reads this row
         <pad>          x      x    x     x     .      .      .     nor from this
         [CLS]          x      x    x     x     .      .      x     becomes the text embedding
 
@@ -262,8 +262,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.image_size = c.image_size
         self.patches = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
-        # Nearly as strong as the patches' content (0.7 beside 1 when train.py starts): at 0.2 of
-        # this captions named the right corners only after twice as many images
+        # Nearly as strong as the patches' content (0.7 beside 1 when train.py starts): at a fifth
+        # of this, captions needed twice as many images to name the right corners
         self.position = nn.Parameter(sinusoids_2d(c.image_size // c.patch_size, c.width))
         self.blocks = nn.ModuleList(
             Block(c.width, c.heads, c.encoder_mlp) for _ in range(c.encoder_layers))
@@ -292,7 +292,7 @@ class AttentionalPooler(nn.Module):
 
     def __init__(self, width, heads, n_query):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(n_query, width))  # so large that they differ at once
+        self.query = nn.Parameter(torch.randn(n_query, width))  # large: so they differ at once
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
 
@@ -387,8 +387,8 @@ def contrastive_loss(x, y, temperature, ids, rows=slice(None)):
     ids (N,): equal numbers mark equal captions, which are each other's positives (UniCL, Yang et
     al. 2022). Among m equal captions each is the target with weight 1/m. Cross-entropy cannot then
     fall below log m, so log m is taken off, and the best loss is 0 again. The paper has no such
-    rule. But half of its batch, and all of CIFAR, is class names: in 64 images of 10 classes six or
-    seven captions are equal, and Eq. (2) as printed cannot fall below 1.9 a direction.
+    rule. But half of its batch, and all of CIFAR, is class names: among 64 images of 10 classes
+    each caption stands six or seven times, and Eq. (2) as printed cannot fall below 1.9 a direction.
     rows: the mean over these i only, each still compared with all N. A batch in parts needs it
     (train.large_batch_backward).
     """
@@ -414,9 +414,9 @@ def captioning_loss(logits, targets):
 def caption_ids(tokens):
     """tokens (N, L) -> (N,), equal numbers for equal captions, for contrastive_loss.
 
-    On the CPU, as not every device has torch.unique. A GPU must then be waited for, so CoCa.losses
-    asks before it runs the model. (Where labels are texts data.Batches draws one prompt a batch:
-    then equal classes have equal captions.)
+    On the CPU, as not every device has torch.unique. That waits for a GPU, so CoCa.losses calls it
+    before the model runs. (Where labels are texts data.Batches draws one prompt a batch: then equal
+    classes have equal captions.)
     """
     return torch.unique(tokens.cpu(), dim=0, return_inverse=True)[1].to(tokens.device)
 

@@ -141,7 +141,7 @@ LETTER = rf"(?:(?![{SIGNS}])[\w{MARKS}])"
 WORD = re.compile(rf"\d+(?:[.,]\d+)+|[{SIGNS}][{MARKS}]*|'?{LETTER}+(?:-{LETTER}+)*|[^\w\s]")
 NO_BLANK = re.compile(r" (?='(?:[sdmt]|re|ve|ll)\b|'(?: |$)|[.,;:!?%)\]])|(?<=[(\[]) |"
                       rf"(?<=[{SIGNS}{MARKS}]) (?=[{SIGNS}])")  # where decode joins words
-SPELLING = str.maketrans("’", "'", "\u00ad\u200b\ufeff")  # the three are not seen, and go
+SPELLING = str.maketrans("’", "'", "\u00ad\u200b\ufeff")  # these three are invisible, and go
 
 
 def words(text):
@@ -409,7 +409,7 @@ class UserError(Exception):
 
 
 class DoesNotApply(UserError):
-    """The model or the data have not what is asked for; there may be something else to do."""
+    """The model or the data lack what is asked for; there may be something else to do."""
 
 
 def run_program(main):
@@ -593,7 +593,7 @@ def pillow():
 
 
 def to_rgb(image):
-    """A Pillow image of any mode as a viewer shows it: RGB, transparent parts white."""
+    """A Pillow image as a viewer shows it: RGB, transparent parts white."""
     if image.mode.startswith(("I", "F")):
         raise ValueError("more than 8 bits a channel; convert it to 8")
     if image.has_transparency_data:

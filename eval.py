@@ -78,7 +78,7 @@ def embed_texts(model, tokenizer, texts, batch=1024):
 
 # ------------------------------------------------------------------------------------------------
 # A task is a function (model, tokenizer, settings) -> {what: (score, chance)}. DoesNotApply if the
-# checkpoint or its data have not what it asks for.
+# checkpoint or its data lack what it asks for.
 
 
 def load_data(s, split):
@@ -424,7 +424,7 @@ class Classifier(nn.Module):
 class Recipe:
     """How a task is learned: hyperparameters from Tables 9 and 10 where they apply.
 
-    Theirs are 50,000 to 200,000 steps, batches of 64 to 512 and, for some tasks, RandAugment. Where
+    For classes theirs are 50,000 to 200,000 steps, batches of 64 to 512, some RandAugment. Where
     the paper disagrees with itself (finetuning at 5e-4 in Table 9, at 1e-4 in its text) Table 9 is
     followed. "Encoder" in Table 10 seems to mean all that is pretrained. We take it for the encoder
     alone; decoder and poolers, where a task reads them, learn at lr, our choice.
@@ -532,7 +532,7 @@ def transfer(model, read, classifier, train, test, recipe, what):
 
 
 def new_classifier(model, s, data, **how):
-    """A Classifier for data's classes, the same in every run."""
+    """A Classifier for data's classes, the same in every run of a seed."""
     torch.manual_seed(s["seed"])
     return Classifier(model.config.width, model.config.heads, len(data.classes), **how)
 

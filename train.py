@@ -245,7 +245,7 @@ def new_model(s, data, source=None):
 
 
 def fresh_seed(seed, model):
-    """A seed for new parts. (From the source's own seed they would be what its parts grew up with.)
+    """A seed for new parts. (With the source's own seed they would start as its old parts did.)
     """
     digest = hashlib.sha256(str(seed).encode())
     for weight in model.state_dict().values():
@@ -288,7 +288,7 @@ def whiten_patches(layer, images, whitening):
 # ------------------------------------------------------------------------------------------------
 # Settings that depend on the data, and the parts of a model
 
-# The paper's learning rate is 8e-4 (Sec. 4.1), for models that are hundreds of times larger and
+# The paper's learning rate is 8e-4 (Sec. 4.1), for models that are 200 to 1,000 times larger and
 # 500,000 steps. Those of cifar10 and captions were chosen on training images kept apart
 # (--val-from-train), that of shapes on scenes of other seeds; cifar100 and coco take them over.
 CIFARS = dict(steps=5625, batch_size=32, lr=2.5e-4)  # eight minutes on two cores

@@ -1,6 +1,6 @@
-"""Table 8 at small scale, and more tables: same data, same effort, several seeds a line.
+"""Table 8 at small scale, and more tables: several seeds a line.
 
-    python -m experiments.ablations                     all on generated scenes, seeds 0 to 5
+    python -m experiments.ablations                     all on generated scenes, three or six seeds
     python -m experiments.ablations --jobs 2            two runs at a time, one thread each
     python -m experiments.ablations --rows b f          those tables only
     python -m experiments.ablations --rows b f --data cifar10 --data-dir DIR
@@ -11,12 +11,13 @@ experiments/variants.py says what is run. A finished run is a line of --out
 command goes on. Lines count if they are of the present commit or of one in EQUAL, and of these
 very data.
 
-Lines of a table are compared with its first, seed by seed, as a seed fixes scenes, order and most
-initial values for all of them: `67.7 (-17.0 ± 4.7, 6/6)` is the mean, the mean difference with its
+Lines of a table see the same data and as many images, unless a line says otherwise. They are
+compared with the first (or what Variant.reference says), seed by seed, as a seed fixes scenes, order
+and most initial values for all: `67.7 (-17.0 ± 4.7, 6/6)` is the mean, the mean difference with its
 standard error, and how many seeds have a difference of that sign (a tie has not). It is printed in
 bold, and called more than luck, only if all of six seeds or more agree *and* the mean is over four
-standard errors from 0: by luck some 1 % of comparisons are. The last column says whether it then
-goes the paper's way.
+standard errors from 0: by luck some 1 % of comparisons are. In Table 8 the last column says
+whether it then goes the paper's way.
 """
 import argparse
 import contextlib
@@ -167,7 +168,7 @@ def measure(variant, s, model, tokenizer, val):
 
 
 def relative_cost(job, data_dir, turns=8, steps=2):
-    """Table 8b: seconds of a step, with L_Con alone being 1 (for which 1.00 shows the error).
+    """Table 8b: seconds of a step beside those of L_Con alone (whose own value should be 1.00).
 
     Median seconds of the processor, which change less with what else runs on the machine; a few
     steps of each in turn.

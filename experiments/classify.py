@@ -47,8 +47,8 @@ def log_likelihoods(model, tokens, images):
 
 
 def likelihood_task(model, tokenizer, s):
-    """Share of images whose likeliest class is the right one: P(class | image) is the sum of
-    P(prompt | image) over the class's prompts. The images and prompts are those of
+    """Share of images whose likeliest class is the right one: that with the largest sum of
+    P(prompt | image) over its prompts. The images and prompts are those of
     eval.zero_shot_task.
 
     Once more with the prior taken off, so that a prompt does not win by being likely whatever is
@@ -89,7 +89,7 @@ CHANGES = {
 
 def draw_changed(things, rng, size, background=(0, 60), noise=6, scale=1.0, outline=0.0):
     """data.draw with other backgrounds, noise (grey levels) and radii; outline: only a rim of that
-    width, in image sides. As it stands, the same picture.
+    width, in image sides. With the defaults it draws the same picture.
     """
     centres = (np.arange(size) + 0.5) / size
     image = np.broadcast_to(rng.uniform(*background, (3, 1, 1)), (3, size, size))

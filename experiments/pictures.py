@@ -1,4 +1,4 @@
-"""Draws the README's pictures into assets/ (SVG on white, so they look the same in the dark).
+"""Draws README's and RESULTS' pictures into assets/ (SVG on white, alike in the dark).
 
     python -m experiments.pictures runs/shapes     all, but for
     python -m experiments.pictures runs/cifar10    CIFAR-10's, of captions
@@ -162,7 +162,7 @@ def draw_mask(model, tokenizer):
 
 
 def draw_losses(checkpoint):
-    """Of the losses that were learned, and the temperature if one of them has it."""
+    """The losses that were learned, and the temperature if Eq. (2) is one of them."""
     column = dict(zip(checkpoint["metrics_names"], checkpoint["metrics"].numpy().T))
     drawn = {}
     for title, name in (("Contrastive loss, Eq. (2)", "loss_con"),
@@ -258,7 +258,7 @@ def draw_architecture():
 
 
 def shifted_mask(tokens):
-    """text_mask with the bug of two public CoCas (open_clip's issue 549): the column of [CLS] is
+    """text_mask with the bug of three public CoCas (open_clip's issue 549): the column of [CLS] is
     added in front, so which columns are hidden is shifted by one.
     """
     is_word = (tokens != PAD) & (tokens != END)                         # (B, L)
