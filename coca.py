@@ -388,7 +388,7 @@ def contrastive_loss(x, y, temperature, ids, rows=slice(None)):
     al. 2022). Among m equal captions each is the target with weight 1/m. Cross-entropy cannot then
     fall below log m, so log m is taken off, and the best loss is 0 again. The paper has no such
     rule. But half of its batch, and all of CIFAR, is class names: among 64 images of 10 classes
-    each caption stands six or seven times, and Eq. (2) as printed cannot fall below 1.9 a direction.
+    a caption stands six or seven times, and Eq. (2) as printed cannot fall below 1.9 a direction.
     rows: the mean over these i only, each still compared with all N. A batch in parts needs it
     (train.large_batch_backward).
     """
