@@ -381,6 +381,31 @@ def test_the_mask_with_the_bug_hides_cls_from_itself():
     assert shifted[-1].tolist() == [True] * 5 + [False, False]
 
 
+def test_each_picture_has_its_own_caption_and_wrong_ones_are_red():
+    model, tokenizer, _ = toy_checkpoint()
+    texts = ["a red ring", "a blue ring", "a white bar"]
+    model.generate = lambda images: tokenizer.encode(texts, 32)
+    val = Dataset(np.arange(3 * 192, dtype=np.uint8).reshape(3, 3, 8, 8), [[text] for text in texts])
+    val.captions[1] = ["a red bar"]
+    page = pictures.draw_captions("x", model, tokenizer, val, range(3), 190)
+    found = re.findall(r'href="([^"]+)".*?<g fill="([^"]+)"><text[^>]*>([^<]+)<', page)
+    shown = [pictures.picture(image) for image in val.images]
+    assert found == [*zip(shown, ["#1a1a1a", "#c00000", "#1a1a1a"], texts)]
+
+
+def test_noisy_captions_are_compared_with_the_same_loss_without_noise(tmp_path, capsys):
+    out = tmp_path / "ablations.csv"
+    args = type("Args", (), dict(seeds=[0, 1], data="shapes", data_dir=None, images=None))
+    for k, job in enumerate(ablations.jobs_of(["noise"], args)):
+        scores = {"mean R@1": k / 100, "val_con": 0.5, "commit": "now"}
+        ablations.append_line(out, {**job._asdict(), **scores})
+    ablations.main(["--table", "--out", str(out), "--seeds", "0", "1", "--rows", "noise"])
+    table = capsys.readouterr().out
+    cells = [line.split("|")[2] for line in table.split("\n") if line.startswith("| ")][2:]
+    of_first, of_own = [re.search(r"\(([+-][\d.]+)", cells[k])[1] for k in (2, 3)]
+    assert (of_first, of_own) == ("+2.0", "+1.0") and "val_con" not in table
+
+
 def test_pictures_are_drawn(tmp_path):
     out = str(tmp_path / "run")
     train.main(["--out", out, "--device", "cpu"])
