@@ -309,8 +309,9 @@ def test_curves_share_one_scale_and_each_is_named():
     assert dashes[0] != dashes[1]  # told apart without colours, too
     points = re.search('points="([^"]+)"', chart("x", np.arange(999), {"x": np.arange(999)}))[1]
     assert len(points.split()) == 300  # each the mean of a window
-    first = re.search('points="([^"]+)"', chart("x", np.arange(999), {"x": np.array([9] + [1] * 998)}))
-    assert first[1].startswith("60.0,30.0 ")  # the first value is in no mean
+    curves = {"falling": np.array([9.0] + [1.0] * 998), "level": np.full(999, 9.0)}
+    first, _ = re.findall('points="([^"]+)"', chart("x", np.arange(999), curves))
+    assert first.startswith("60.0,30.0 ")  # the first value is in no mean
 
 
 def check_confusions(predicted, rows):
