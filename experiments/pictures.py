@@ -106,7 +106,7 @@ def draw_attention(model, tokenizer, val):
     grid = c.image_size // c.patch_size
     cells = [("the scene", None)]
     if c.lambda_con:
-        cells.append(("image embedding", embedding[0, 0]))
+        cells.append(("embedding x", embedding[0, 0]))
     for token, weights in zip(tokens[0, 1:].tolist(), maps[0]):
         if token != PAD:
             cells.append((tokenizer.words[token], weights))

@@ -459,7 +459,7 @@ def test_what_a_checkpoint_has_not_learned_is_left_out_and_said(
     if curves:
         assert (tmp_path / "losses.svg").read_text().count("<polyline") == curves
     attention = (tmp_path / "attention.svg").read_text()
-    assert ("image embedding" in attention) == maps
+    assert ("embedding x" in attention) == maps
     words = "scenes" not in left_out
     assert (attention.count("<image") > 3) == words  # the scene, again below each map, and the maps
 
