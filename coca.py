@@ -124,7 +124,7 @@ TABLE_1 = {"base": (86, 297), "large": (303, 484), "giant": (1000, 1100)}
 
 
 def causal_mask(L, device=None):
-    """(L, L) bool, True = the token of that row may look at that of the column: itself or before.
+    """(L, L) bool, True = the row's token may look at the column's: at itself and those before it.
 
     MultimodalDecoder.forward asks for it, and UnimodalDecoder.forward through text_mask.
     CoCa.forward, and so training, runs both (with lambda_cap 0 the lower one alone).
@@ -184,7 +184,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, mask=None, cache=None):
         """x (B, Lq, D), context (B, Lk, D) or None, mask (..., Lq, Lk) True = may look
-        -> (B, Lq, D). cache: in generation, where x is the one token after those of earlier calls.
+        -> (B, Lq, D). cache: in generation, where x is the one token after all in earlier calls.
         """
         q = self.split(self.q(x))                                       # (B, H, Lq, d)
         k, v = self.keys_values(x, context, cache)                      # (B, H, Lk, d) each
@@ -201,7 +201,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x, context=None, cache=None):
         """-> k and v (B, H, Lk, d). cache: in generation a dict {layer: (k, v)}. Keys and values of
-        the image are computed in the first call and kept; those of a new token are appended.
+        the image are computed in the first call and kept; a new token's are appended.
         """
         if cache is None:
             cache = {}

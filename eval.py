@@ -112,7 +112,7 @@ def constant_answer(labels):
 # ------------------------------------------------------------------------------------------------
 # Zero-shot classification (Sec. 3.3, Table 4)
 
-TIE = 1e-6  # cosines that differ by less are equal but for rounding
+TIE = 1e-6  # cosines that differ by less are equal, except for rounding
 
 
 def embed_classes(model, tokenizer, classes, templates=("{}",)):
@@ -295,7 +295,7 @@ def bleu(candidates, references):
 
     candidates: a tokenised text per image; references: a list of them per image. BLEU-n is the
     geometric mean over k = 1, ..., n of the share of the candidates' k-grams that are right, times
-    a penalty if they are too short. Like CIDEr-D below it is that of the COCO evaluation code,
+    a penalty if they are too short. Like CIDEr-D below it is as in the COCO evaluation code,
     whose METEOR and SPICE need Java and are left out.
     """
     right = [0] * 4
@@ -355,7 +355,7 @@ def cider_d(candidates, references, sigma=6.0):
 
 
 def captioning_task(model, tokenizer, s, most=1000, examples=2):
-    """Greedy captions of at most `most` images, some of which it prints. Chance: the same captions,
+    """Greedy captions of at most `most` images; it prints a few. Chance: the same captions,
     each scored on another image, half of the set further on (neighbours are often of one series).
     """
     if not model.config.lambda_cap:
@@ -543,8 +543,8 @@ def tensors(data):
 
 
 def learn_images(model, s, data, test, recipe, what, **how):
-    """Learns the images of data with a new classifier -> the Learner, and its accuracy on those of
-    test beside chance.
+    """Learns the images of data with a new classifier -> the Learner, and its accuracy on test's
+    beside chance.
     """
     classifier = new_classifier(model, s, data, **how)
     learner, score = transfer(model, image_tokens, classifier, tensors(data), tensors(test), recipe,
@@ -668,7 +668,7 @@ def settings_of(args, checkpoint):
 
 
 def evaluate_checkpoint(args, tasks, model, tokenizer, checkpoint):
-    """Tasks {name: function} on the checkpoint's data or those of args."""
+    """Tasks {name: function} on the checkpoint's data, or on what args name."""
     chosen = {name: tasks[name] for name in args.task or tasks}
     return evaluate(model, tokenizer, settings_of(args, checkpoint), chosen, strict=bool(args.task))
 

@@ -158,7 +158,7 @@ def large_batch_backward(model, images, tokens, accum, rank, world, autocast):
     padded = F.pad(tokens, (0, config.text_len - tokens.shape[1]))      # (n, text_len)
     ids = caption_ids(gather(padded, world))                            # (N,)
 
-    # 2. Their gradients, by blocks of rows, each of whose graphs is gone before the next
+    # 2. Their gradients, by blocks of rows; a block's graph is gone before the next
     x.requires_grad_()
     y.requires_grad_()
     con = torch.zeros((), device=x.device)
@@ -216,7 +216,7 @@ def part_of(name):
 
 
 def new_model(s, data, source=None):
-    """-> model and tokenizer, with the source's weights and vocabulary but for --fresh."""
+    """-> model and tokenizer, with the source's weights and vocabulary, except --fresh's."""
     if source is None or "decoder" in s.fresh:
         size = max(s.vocab_size, CONFIGS["tiny"].vocab_size)  # (--init may have few words)
         tokenizer = Tokenizer.learn(itertools.chain(*data.captions), size)
@@ -290,7 +290,7 @@ def whiten_patches(layer, images, whitening):
 
 # The paper's learning rate is 8e-4 (Sec. 4.1), for models that are 200 to 1,000 times larger and
 # 500,000 steps. Those of cifar10 and captions were chosen on training images kept apart
-# (--val-from-train), that of shapes on scenes of other seeds; cifar100 and coco take them over.
+# (--val-from-train), shapes' on scenes of other seeds; cifar100 and coco take them over.
 CIFARS = dict(steps=5625, batch_size=32, lr=2.5e-4)  # eight minutes on two cores
 CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
 PRESETS = {
@@ -554,7 +554,7 @@ def config_of(s):
 
 
 def join_processes(s):
-    """-> rank, number of processes (torchrun sets both); s.device becomes that of this one."""
+    """-> rank, number of processes (torchrun sets both); s.device becomes this one's."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if s.batch_size % world or s.batch_size // world < s.accum:
@@ -580,7 +580,7 @@ def check_data(s, data, val):
     text = json.dumps([[part.names, part.captions] for part in (data, val)])
     found = hashlib.sha256(text.encode()).hexdigest()
     if s.fingerprint not in (None, found):
-        raise UserError("the data are not those of the run so far (other images, names or "
+        raise UserError("the data are not as in the run so far (other images, names or "
                         "captions); put them back, or start anew from it: --init")
     s.fingerprint = found
 
