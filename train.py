@@ -580,7 +580,7 @@ def check_data(s, data, val):
     text = json.dumps([[part.names, part.captions] for part in (data, val)])
     found = hashlib.sha256(text.encode()).hexdigest()
     if s.fingerprint not in (None, found):
-        raise UserError("the data are not as in the run so far (other images, names or "
+        raise UserError("the data are not those of the run so far (other images, names or "
                         "captions); put them back, or start anew from it: --init")
     s.fingerprint = found
 
