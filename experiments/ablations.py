@@ -355,20 +355,19 @@ def as_text(score, values, reference):
 
 
 def compare(lines, variant, reference):
-    """-> the paper's differences from the reference, and what is seen of them here, as texts."""
-    theirs = []
-    here = []
+    """-> the paper's differences from the reference, and what is seen of them here, as text."""
+    found = []
     if variant == reference:
-        return "", ""
+        return ""
     for score, value in VARIANTS[variant].paper.items():
         if score in VARIANTS[reference].paper:
             of_paper = round(value - VARIANTS[reference].paper[score], 2)
-            theirs.append(f"{score} {of_paper:+g}")
+            found.append(f"{score} {of_paper:+g}")
             own = values_of(lines, variant, score)
             base = values_of(lines, reference, score)
             if own and base:
-                here.append(f"{score} *{verdict(paired_difference(own, base), of_paper)}*")
-    return ", ".join(theirs), ", ".join(here)
+                found[-1] += f": *{verdict(paired_difference(own, base), of_paper)}*"
+    return ", ".join(found)
 
 
 def verdict(found, of_paper):
@@ -389,7 +388,7 @@ def markdown(row, lines):
         there = any(values_of(lines, variant, score) for variant in variants)
         if there and score not in IN_NO_TABLE and row in ONLY_IN.get(score, TABLES):
             shown.append(score)
-    table = [[title, *shown] + ["paper's difference", "here"] * of_paper]
+    table = [[title, *shown] + ["the paper's difference: here"] * of_paper]
     table.append(["---"] * len(table[0]))
     for variant in variants:
         reference = VARIANTS[variant].reference or variants[0]
@@ -398,7 +397,7 @@ def markdown(row, lines):
             values = values_of(lines, variant, score)
             cells.append(as_text(score, values, values_of(lines, reference, score)))
         if of_paper:
-            cells += compare(lines, variant, reference)
+            cells.append(compare(lines, variant, reference))
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     text = ""

@@ -370,7 +370,7 @@ SEEDS = {"pairs": 3, "sizes": 3}  # all others: 6
 # Where a score is shown, if not in all tables: the variants of others are not all asked for it
 ONLY_IN = {"accuracy": ["a"], LINEAR: ["a", "families"], COST: ["b"],
            "zero-shot by likelihood": ["families"], "video, frozen": ["families"],
-           QUESTION: ["b", "c", "d", "e", "f", "families"]}
+           QUESTION: ["b", "c", "d", "e", "f"]}
 
 
 if __name__ == "__main__":
