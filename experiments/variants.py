@@ -181,9 +181,10 @@ def in_groups(model, size):
     def losses(images, tokens):
         ids = caption_ids(tokens)                                       # (B,)
         x, y, cap = model(images, tokens)
-        groups = zip(x.split(size), y.split(size), ids.split(size))
-        con = torch.stack([contrastive_loss(*group[:2], model.temperature, group[2])
-                           for group in groups]).mean()
+        of_groups = []
+        for own_x, own_y, own_ids in zip(x.split(size), y.split(size), ids.split(size)):
+            of_groups.append(contrastive_loss(own_x, own_y, model.temperature, own_ids))
+        con = torch.stack(of_groups).mean()
         c = model.config
         return Losses(c.lambda_con * con + c.lambda_cap * cap, con, cap)
 
