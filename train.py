@@ -605,7 +605,7 @@ def describe(s, model, batches):
     for p in model.parameters():
         if p.requires_grad:
             learned += p.numel()
-    print(f"{count_parameters(model):.2f} million parameters, {learned / 1e6:.2f} million learn")
+    print(f"{count_parameters(model):.2f} million parameters, --train {learned / 1e6:.2f} million")
     usual, _ = parse_args(["--data", s.data] if s.data in NAMES else [])
     for name, value in vars(s).items():
         if name not in [*NOT_KEPT, "vocab_size", "fingerprint"] and value != getattr(usual, name):

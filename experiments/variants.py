@@ -245,7 +245,7 @@ def label_style_task(model, tokenizer, s):
 RIGHT = "captions exactly right"
 BOTH_WAYS = "mean R@1"
 QUESTION = "questions"  # the paper's are VQA's, finetuned with all of the model
-LINEAR = "frozen, linear probe"  # the paper's is ImageNet's, the images here are those of training
+LINEAR = "frozen, linear probe"  # (the paper's linear evaluation is on other images: ImageNet)
 COST = "cost of a step"
 SCORES = ["accuracy", LINEAR, "frozen, new pooler", ZERO_SHOT, SUPERVISED, "zero-shot by likelihood",
           "zero-shot, label prompt", RIGHT, "written as labels", "image to text R@1", BOTH_WAYS,
@@ -283,11 +283,11 @@ VARIANTS = {
         "CoCa, both losses", "", {ZERO_SHOT: 71.6, QUESTION: 69.0, BOTH_WAYS: 41.4, COST: 1.18},
         tasks={**BASICS, "likelihood": likelihood_task, **FAMILY}),
     "classifier": Variant(
-        "single encoder, Eq. (1) on labels", "--lambda-con 0", {LINEAR: 81.0, "finetuned": 85.1},
+        "single encoder, Eq. (1) on labels", "--lambda-con 0", {"linear evaluation": 81.0, "finetuned": 85.1},
         change=LabelClassifier, **reads_labels(one_word)),
     "encoder-decoder": Variant(
         "encoder-decoder, labels read off its captions", "--lambda-con 0",
-        {LINEAR: 82.1, "finetuned": 84.9}, **reads_labels("a {}".format)),
+        {"linear evaluation": 82.1, "finetuned": 84.9}, **reads_labels("a {}".format)),
     "contrastive only": Variant(
         "dual encoder, L_Con only", "--lambda-cap 0",
         {ZERO_SHOT: 70.7, QUESTION: 59.2, COST: 1.0}, tasks={**BASICS, **FAMILY}),

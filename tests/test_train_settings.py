@@ -716,7 +716,7 @@ def test_settings_that_are_unusual_for_the_data_are_told_and_no_others(tmp_path,
 @pytest.mark.parametrize("part", ["", "encoder", "poolers", "decoder"])
 def test_what_learns_is_counted(part, tmp_path, capsys):
     checkpoint = run(tmp_path, f"--steps 1 --train {part}" if part else "--steps 1")
-    said = re.search(r"([\d.]+) million parameters, ([\d.]+) million learn", capsys.readouterr().out)
+    said = re.search(r"([\d.]+) million parameters, --train ([\d.]+) million", capsys.readouterr().out)
     counts = {name: weights.numel() for name, weights in checkpoint["model"].items()}
     learned = sum(count for name, count in counts.items()
                   if not part or train.part_of(name) in (part, None))
