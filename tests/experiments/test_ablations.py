@@ -393,6 +393,18 @@ def test_each_picture_has_its_own_caption_and_wrong_ones_are_red():
     assert found == [*zip(shown, ["#1a1a1a", "#c00000", "#1a1a1a"], texts)]
 
 
+def test_the_first_dozen_test_images_of_cifar_are_drawn(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 255, (20, 3, 8, 8), np.uint8)
+    splits = {"val": Dataset(images, [["a red ring"]] * 20)}
+    monkeypatch.setattr(pictures, "load_split", lambda model, s, split: splits[split])
+    model, tokenizer, s = toy_checkpoint()
+    save_checkpoint(tmp_path / "checkpoint.pt", model, tokenizer, {**s, "data": "cifar10"})
+    pictures.main([str(tmp_path), "--out", str(tmp_path)])
+    shown = re.findall('href="([^"]+)"', (tmp_path / "cifar.svg").read_text())
+    assert shown == [pictures.picture(image) for image in images[:12]]
+    assert not (tmp_path / "scenes.svg").exists()
+
+
 def test_noisy_captions_are_compared_with_the_same_loss_without_noise(tmp_path, capsys):
     out = tmp_path / "ablations.csv"
     args = type("Args", (), dict(seeds=[0, 1], data="shapes", data_dir=None, images=None))
