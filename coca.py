@@ -7,8 +7,8 @@ Here you see the whole model: an image encoder, two attentional poolers, and a t
 half, so that one model is a single encoder, a dual encoder and an encoder-decoder (Sec. 3.1). The
 lower (unimodal) half never looks at the image and gives the text embedding of a contrastive loss.
 The upper (multimodal) half reads the image and writes the caption. CoCa.forward and CoCa.losses are
-Figure 2, and they are what trains (with --accum or several processes CoCa.forward alone: see
-train.large_batch_backward). `tour`, at the end, may be skipped.
+Figure 2, and they are what trains (with --accum or several processes train.large_batch_backward
+stands in for CoCa.losses). `tour`, at the end, may be skipped.
 
 Figure 2, step by step                        here                    what differs
      1. a ViT turns the image into tokens     ImageEncoder
