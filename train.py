@@ -291,7 +291,7 @@ def whiten_patches(layer, images, whitening):
 # The paper's learning rate is 8e-4 (Sec. 4.1), for models that are 200 to 1,000 times larger and
 # 500,000 steps. Those of cifar10 and captions were chosen on training images kept apart
 # (--val-from-train), shapes' on scenes of other seeds; cifar100 and coco take them over.
-CIFARS = dict(steps=5625, batch_size=32, lr=2.5e-4)  # eight minutes on two cores
+CIFARS = dict(steps=5625, batch_size=32, lr=2.5e-4)  # nine minutes on two cores
 CAPTIONS = dict(steps=1600, batch_size=128, lr=1.5e-3, image_size=64, patch_size=8)
 PRESETS = {
     "shapes": dict(steps=624, batch_size=96, lr=1.5e-3, patch_size=8),
