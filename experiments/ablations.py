@@ -197,10 +197,10 @@ def jobs_of(rows, args):
     """Each run once, in however many rows it is; seed by seed, so that rows fill evenly."""
     found = {}
     for seed in args.seeds or range(6):
-        fingerprint = fingerprint_of(args.data, seed, args.data_dir)
         for row in rows:
             if seed not in seeds_of(row, args):
                 continue
+            fingerprint = fingerprint_of(args.data, seed, args.data_dir)
             for variant in TABLES[row][1]:
                 images = args.images or IMAGES[row]
                 found[make_job(variant, args.data, images, seed, fingerprint)] = True

@@ -45,6 +45,11 @@ from experiments.video import VIDEO_FROZEN, generated_clips, learn_clips, need_s
 # Data: a function of train.py's settings -> training and validation Dataset
 
 
+def names_of(things):
+    """The class of each thing of a scene."""
+    return [f"{thing.colour} {thing.shape}" for thing in things]
+
+
 def one_word(name):
     return name.replace(" ", "_")
 
@@ -68,7 +73,7 @@ def labelled_things(s):
         data = load_data(vars(s), split)
         for i in range(len(data)):
             things, _ = scene(s.seed, split, i)
-            data.captions[i] = [" ".join(one_word(f"{t.colour} {t.shape}") for t in things)]
+            data.captions[i] = [" ".join(map(one_word, names_of(things)))]
         found.append(data)
     return found
 
@@ -78,8 +83,7 @@ LABEL_PROMPT = "a photo of a {}"
 
 def label_texts(things):
     """The labels of a scene as text, as JFT's in Sec. 4.1: joined in any order, behind a prompt."""
-    names = [f"{thing.colour} {thing.shape}" for thing in things]
-    return [LABEL_PROMPT.format(", ".join(order)) for order in permutations(names)]
+    return [LABEL_PROMPT.format(", ".join(order)) for order in permutations(names_of(things))]
 
 
 def halves(s, labels=True, captions=True):
