@@ -1,7 +1,7 @@
 """Draws README's and RESULTS' pictures into assets/ (SVG on white, alike in the dark).
 
-    python -m experiments.pictures runs/shapes     all, but for
-    python -m experiments.pictures runs/cifar10    CIFAR-10's, of captions
+    python -m experiments.pictures runs/shapes     all of scenes
+    python -m experiments.pictures runs/cifar10    photographs with captions
     python -m experiments.pictures                 those that need no checkpoint
 """
 import argparse
@@ -181,6 +181,9 @@ def from_checkpoint(path):
                         "give a checkpoint of scenes or of CIFAR-10")
     val = load_split(model, checkpoint["settings"], "val")
     if name == "cifar10":
+        if not model.config.lambda_cap:
+            raise UserError(f"{path} was trained with --lambda-cap 0, it writes no captions to draw; "
+                            "give one that does")
         title = "The first dozen test images of CIFAR-10, each with the caption that the model wrote"
         return {"cifar": draw_captions(title, model, tokenizer, val, range(12), 190)}
     pages = {"mask": draw_mask(model, tokenizer)}

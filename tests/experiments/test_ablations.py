@@ -403,6 +403,9 @@ def test_the_first_dozen_test_images_of_cifar_are_drawn(tmp_path, monkeypatch):
     shown = re.findall('href="([^"]+)"', (tmp_path / "cifar.svg").read_text())
     assert shown == [pictures.picture(image) for image in images[:12]]
     assert not (tmp_path / "scenes.svg").exists()
+    model, tokenizer, s = toy_checkpoint(lambda_cap=0.0)
+    save_checkpoint(tmp_path / "checkpoint.pt", model, tokenizer, {**s, "data": "cifar10"})
+    refused("writes no captions", pictures.main, [str(tmp_path), "--out", str(tmp_path)])
 
 
 def test_noisy_captions_are_compared_with_the_same_loss_without_noise(tmp_path, capsys):
